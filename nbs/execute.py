@@ -31,6 +31,7 @@ CELL_TIMEOUT = 1800  # seconds; a chapter is meant to take less than two minutes
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\d+%\||\d+it \[|\bit/s\b|\bs/it\b")
 ADDRESS = re.compile(r"(<.*?)( at 0x[0-9a-fA-F]+)(>)")  # what nbdev_clean removes from reprs
+CELL_FILE = re.compile(r"\S*/ipykernel_\d+/\d+\.py")  # where a kernel pretends that a cell's code lies: new each time
 
 Notebook = dict[str, Any]
 
@@ -146,7 +147,7 @@ def settle(text: str) -> str:
 
 def lines_of(value: Any) -> list[str]:
     text = value if isinstance(value, str) else "".join(value)
-    return ADDRESS.sub(r"\1\3", text).splitlines(keepends=True)
+    return CELL_FILE.sub("<cell>", ADDRESS.sub(r"\1\3", text)).splitlines(keepends=True)
 
 
 def clean_output(output: dict[str, Any]) -> dict[str, Any] | None:
