@@ -1,0 +1,71 @@
+"""Fixtures that several test files share."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are skipped where there is no such device."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that the test is to run on."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def make_generator() -> Callable[..., torch.Generator]:
+    """A factory of generators: `make_generator(7)` or `make_generator(7, device)`."""
+
+    def make(seed: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+        return torch.Generator(device=device).manual_seed(seed)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The top folder of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def copy_tree() -> Callable[[Path], Path]:
+    """A function that copies what git tracks, and what it would track, to a new folder."""
+
+    def copy(target: Path) -> Path:
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if listed.returncode != 0:
+            pytest.skip("needs a git checkout")
+        for name in filter(None, listed.stdout.split("\0")):
+            if (ROOT / name).is_file():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, target / name)
+        return target
+
+    return copy
+
+
+@pytest.fixture
+def tree(copy_tree: Callable[[Path], Path], tmp_path: Path) -> Path:
+    """A copy of the checkout that a test may change."""
+    return copy_tree(tmp_path / "tree")
