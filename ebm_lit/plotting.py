@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'tidy', 'image_grid', 'filmstrip', 'landscape', 'scatter', 'trajectories', 'histogram', 'trace', 'history',
            'to_png']
 
-# %% ../nbs/toolkit/plotting.ipynb #330e8ab2
+# %% ../nbs/toolkit/plotting.ipynb #07d565ee
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,9 +18,10 @@ from matplotlib import image as mpl_image
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-# %% ../nbs/toolkit/plotting.ipynb #c2d14ddf
+# %% ../nbs/toolkit/plotting.ipynb #9365ecd7
 COLORS = {
     "data": "#0072B2",
     "negatives": "#D55E00",
@@ -44,14 +45,15 @@ def tidy(
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_linewidth(0.6)
     ax.tick_params(width=0.6, length=3)
-    ax.grid(grid, **({"color": "0.9", "linewidth": 0.6} if grid else {}))
+    if grid:
+        ax.grid(True, color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     for text, setter in ((title, ax.set_title), (xlabel, ax.set_xlabel), (ylabel, ax.set_ylabel)):
         if text is not None:
             setter(text)
     return ax
 
-# %% ../nbs/toolkit/plotting.ipynb #74ea01b2
+# %% ../nbs/toolkit/plotting.ipynb #c69628d4
 def _array(values: Any, name: str, *ndims: int) -> np.ndarray:
     "A detached float array of one of the allowed numbers of axes; a one-line ValueError otherwise."
     array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
@@ -63,11 +65,18 @@ def _array(values: Any, name: str, *ndims: int) -> np.ndarray:
     return array
 
 
-def _tensor_call(function: Callable[[Tensor], Any], points: np.ndarray, name: str) -> np.ndarray:
-    "function(points) as an array (N,), the points as the default float dtype of PyTorch."
-    x = torch.as_tensor(points, dtype=torch.get_default_dtype())
+def _home(function: Any) -> dict[str, Any]:
+    "The dtype and device that a function expects: a module's own, else PyTorch's default dtype on the CPU."
+    weight = next(function.parameters(), None) if isinstance(function, torch.nn.Module) else None
+    if weight is None:
+        return {"dtype": torch.get_default_dtype(), "device": torch.device("cpu")}
+    return {"dtype": weight.dtype, "device": weight.device}
+
+
+def _values_at(function: Callable[[Tensor], Any], points: Any, name: str) -> np.ndarray:
+    "function(points) as an array (N,), without gradients."
     with torch.no_grad():
-        values = _array(function(x), name, 1)
+        values = _array(function(torch.as_tensor(points, **_home(function))), name, 1)
     if len(values) != len(points):
         raise ValueError(f"{name}: expected {len(points)} values, one a point, found {len(values)}")
     return values
@@ -142,7 +151,7 @@ def filmstrip(
         ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     return ax
 
-# %% ../nbs/toolkit/plotting.ipynb #cd2d693d
+# %% ../nbs/toolkit/plotting.ipynb #a8952176
 def landscape(
     energy: Any,  # callable: points (N, 2) -> energies (N,); or values (n_x, n_y), the first axis along x
     bounds: Sequence[tuple[float, float]],  # ((x_low, x_high), (y_low, y_high))
@@ -167,7 +176,7 @@ def landscape(
     x, y = np.linspace(x_low, x_high, shape[0]), np.linspace(y_low, y_high, shape[1])
     if callable(energy):
         points = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)
-        values = _tensor_call(energy, points, "energy").reshape(shape)
+        values = _values_at(energy, points, "energy").reshape(shape)
     else:
         values = _array(energy, "energy", 2)
     if np.isnan(values).any() or not np.isfinite(values.min()):
@@ -186,7 +195,7 @@ def landscape(
         low, high = 0.0, drawn.max()
     filled = ax.contourf(x, y, drawn.T, levels=np.linspace(low, high, 21), cmap=cmap, extend=extend)
     if colorbar and ax.figure is not None:
-        ax.figure.colorbar(filled, ax=ax, label=label, format="%.3g", shrink=0.9)
+        ax.figure.colorbar(filled, ax=ax, label=label, ticks=MaxNLocator(5), fraction=0.046, pad=0.03)
     ax.set_aspect("equal")
     return tidy(ax, xlabel="$x_0$", ylabel="$x_1$", grid=False)
 
@@ -235,7 +244,7 @@ def trajectories(
     ax.set_aspect("equal")
     return tidy(ax, xlabel="$x_0$", ylabel="$x_1$", grid=False)
 
-# %% ../nbs/toolkit/plotting.ipynb #410abcb7
+# %% ../nbs/toolkit/plotting.ipynb #994f3cef
 def histogram(
     samples: Any,  # samples (B,)
     density: Callable[[Tensor], Any] | None = None,  # the density to compare with: x (N,) -> p(x) (N,)
@@ -261,7 +270,7 @@ def histogram(
     ax.stairs(height, edges, fill=True, color=color, alpha=0.45, label=label)
     if density is not None:
         x = np.linspace(low, high, 400)
-        ax.plot(x, _tensor_call(density, x, "density"), color=COLORS["exact"], linewidth=1.4, label="exact")
+        ax.plot(x, _values_at(density, x, "density"), color=COLORS["exact"], linewidth=1.4, label="exact")
     if label is not None or density is not None:
         ax.legend(frameon=False)
     return tidy(ax, xlabel="$x$", ylabel="density")
