@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'tidy', 'image_grid', 'filmstrip', 'landscape', 'scatter', 'trajectories', 'histogram', 'trace', 'history',
            'to_png']
 
-# %% ../nbs/toolkit/plotting.ipynb #07d565ee
+# %% ../nbs/toolkit/plotting.ipynb #050191a1
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib import image as mpl_image
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -151,7 +150,18 @@ def filmstrip(
         ax.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     return ax
 
-# %% ../nbs/toolkit/plotting.ipynb #a8952176
+# %% ../nbs/toolkit/plotting.ipynb #d2d28ebe
+def _label(ax: Axes, xlabel: str, ylabel: str, grid: bool = True) -> Axes:
+    "Tidy axes, and label them unless somebody has."
+    return tidy(ax, None, None if ax.get_xlabel() else xlabel, None if ax.get_ylabel() else ylabel, grid)
+
+
+def _ticks(low: float, high: float) -> np.ndarray:
+    "A few round numbers from low to high."
+    ticks = np.asarray(MaxNLocator(5).tick_values(low, high))
+    return ticks[(ticks >= low) & (ticks <= high)]
+
+# %% ../nbs/toolkit/plotting.ipynb #6294c7d7
 def landscape(
     energy: Any,  # callable: points (N, 2) -> energies (N,); or values (n_x, n_y), the first axis along x
     bounds: Sequence[tuple[float, float]],  # ((x_low, x_high), (y_low, y_high))
@@ -195,9 +205,9 @@ def landscape(
         low, high = 0.0, drawn.max()
     filled = ax.contourf(x, y, drawn.T, levels=np.linspace(low, high, 21), cmap=cmap, extend=extend)
     if colorbar and ax.figure is not None:
-        ax.figure.colorbar(filled, ax=ax, label=label, ticks=MaxNLocator(5), fraction=0.046, pad=0.03)
+        ax.figure.colorbar(filled, ax=ax, label=label, ticks=_ticks(low, high), fraction=0.046, pad=0.03)
     ax.set_aspect("equal")
-    return tidy(ax, xlabel="$x_0$", ylabel="$x_1$", grid=False)
+    return _label(ax, xlabel="$x_0$", ylabel="$x_1$", grid=False)
 
 
 def scatter(
@@ -218,7 +228,7 @@ def scatter(
     if label is not None:
         ax.legend(frameon=True, framealpha=0.9, loc="upper right")
     ax.set_aspect("equal")
-    return tidy(ax, xlabel="$x_0$", ylabel="$x_1$", grid=False)
+    return _label(ax, xlabel="$x_0$", ylabel="$x_1$", grid=False)
 
 
 def trajectories(
@@ -242,9 +252,9 @@ def trajectories(
     if label is not None:
         ax.legend(frameon=True, framealpha=0.9, loc="upper right")
     ax.set_aspect("equal")
-    return tidy(ax, xlabel="$x_0$", ylabel="$x_1$", grid=False)
+    return _label(ax, xlabel="$x_0$", ylabel="$x_1$", grid=False)
 
-# %% ../nbs/toolkit/plotting.ipynb #994f3cef
+# %% ../nbs/toolkit/plotting.ipynb #bcc4f64e
 def histogram(
     samples: Any,  # samples (B,)
     density: Callable[[Tensor], Any] | None = None,  # the density to compare with: x (N,) -> p(x) (N,)
@@ -273,7 +283,7 @@ def histogram(
         ax.plot(x, _values_at(density, x, "density"), color=COLORS["exact"], linewidth=1.4, label="exact")
     if label is not None or density is not None:
         ax.legend(frameon=False)
-    return tidy(ax, xlabel="$x$", ylabel="density")
+    return _label(ax, xlabel="$x$", ylabel="density")
 
 
 def trace(
@@ -299,7 +309,7 @@ def trace(
     ax.plot(step, array, color=color, linestyle=linestyle, linewidth=1.4, label=label)
     if label is not None:
         ax.legend(frameon=False)
-    return tidy(ax, xlabel="step", ylabel="value")
+    return _label(ax, xlabel="step", ylabel="value")
 
 
 def history(
@@ -321,31 +331,39 @@ def history(
         trace(history[name], history.get("step"), ax, name, palette[i % 6], _LINES[i % 6])
     return ax
 
-# %% ../nbs/toolkit/plotting.ipynb #6d9b1a10
-_NO_NAME: dict[str, Any] = {"Software": None}  # else the version of Matplotlib becomes part of the file
-
-
+# %% ../nbs/toolkit/plotting.ipynb #1b8b49c4
 def to_png(
     picture: Any,  # a Matplotlib figure; or an array (H, W) or (H, W, 3), uint8 or floats in [0, 1]
     dpi: int = 80,  # dots per inch of a figure
+    colors: int | None = None,  # at most so many colours, 2 to 256: a third of the bytes, hardly visible at 64
 ) -> bytes:
     """Turn a figure or an array of pixels into the bytes of a PNG file; the same picture gives the same bytes.
 
     Raises ValueError if an array has another shape or values outside [0, 1].
     """
+    from PIL import Image
+
     buffer = io.BytesIO()
     if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png", dpi=dpi, metadata=_NO_NAME)
-        return buffer.getvalue()
+        picture.savefig(buffer, format="png", dpi=dpi)
+        image = Image.open(buffer).convert("RGB")
+    else:
+        image = Image.fromarray(_pixels(picture))
+    if colors is not None:
+        image = image.convert("RGB").quantize(colors, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+# %% ../nbs/toolkit/plotting.ipynb #9b8a2746
+def _pixels(picture: Any) -> np.ndarray:
+    "The array as uint8 of shape (H, W) or (H, W, 3)."
     array = np.asarray(picture.detach().cpu() if isinstance(picture, Tensor) else picture)
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise ValueError(f"picture: expected a figure or an array (H, W) or (H, W, 3), found shape {array.shape}")
-    if array.dtype != np.uint8:
-        array = array.astype(float)
-        if not (array.min() >= 0 and array.max() <= 1):
-            raise ValueError(f"picture: expected floats in [0, 1], found {array.min():.4g} to {array.max():.4g}")
-        array = (array * 255).round().astype(np.uint8)
-    if array.ndim == 2:
-        array = np.repeat(array[:, :, None], 3, axis=2)
-    mpl_image.imsave(buffer, array, format="png", metadata=_NO_NAME)
-    return buffer.getvalue()
+    if array.dtype == np.uint8:
+        return array
+    array = array.astype(float)
+    if not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError(f"picture: expected floats in [0, 1], found {array.min():.4g} to {array.max():.4g}")
+    return (array * 255).round().astype(np.uint8)

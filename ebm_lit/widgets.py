@@ -31,28 +31,23 @@ from .boltzmann import boltzmann_probs, make_grid
 from .langevin import Langevin, NonFiniteError, uniform_init
 from .plotting import COLORS, _home, _values_at, landscape, tidy, to_png, trace, trajectories
 
-# %% ../nbs/toolkit/widgets.ipynb #88c47316
+# %% ../nbs/toolkit/widgets.ipynb #11b54c1e
 _SCRIPT = """
 (function () {
-  var book = __BOOK__;
+  var book = BOOK;
   document.querySelectorAll('figure[data-flipbook="' + book.id + '"]:not([data-ready])').forEach(function (root) {
     root.setAttribute('data-ready', '');
-    var img = root.querySelector('img'), label = root.querySelector('[data-label]');
-    var still = img.src, n = book.labels.length, now = book.start, timer = null;
-    function add(parent, tag, attributes, text) {
-      var node = document.createElement(tag);
-      Object.keys(attributes).forEach(function (key) { node.setAttribute(key, attributes[key]); });
-      if (text) { node.textContent = text; }
-      return parent.appendChild(node);
-    }
+    function part(name) { return root.querySelector('[data-part="' + name + '"]'); }
+    var img = root.querySelector('img'), range = part('range'), label = part('label'), play = part('play');
+    var still = img.src, last = book.labels.length - 1, now = book.start, timer = null;
     function show(i) {
-      now = Math.max(0, Math.min(n - 1, i));
+      now = Math.max(0, Math.min(last, i));
       img.src = now === book.start ? still : 'data:image/png;base64,' + book.frames[now];
-      img.alt = book.alt + ' Frame ' + (now + 1) + ' of ' + n + ': ' + book.labels[now];
+      img.alt = book.alt + ' Frame ' + (now + 1) + ' of ' + (last + 1) + ': ' + book.labels[now];
       label.textContent = book.labels[now];
       range.value = now;
       range.setAttribute('aria-valuetext', book.labels[now]);
-      count.textContent = (now + 1) + '/' + n;
+      part('count').textContent = (now + 1) + '/' + (last + 1);
     }
     function pause() {
       clearInterval(timer);
@@ -61,37 +56,32 @@ _SCRIPT = """
       label.setAttribute('aria-live', 'polite');
     }
     function run() {
-      if (now === n - 1) { show(0); }
+      if (now === last) { show(0); }
       play.textContent = 'Pause';
       label.setAttribute('aria-live', 'off');
       timer = setInterval(function () {
-        if (root.isConnected && now < n - 1) { show(now + 1); }
-        if (!root.isConnected || now === n - 1) { pause(); }
+        if (root.isConnected && now < last) { show(now + 1); }
+        if (!root.isConnected || now === last) { pause(); }
       }, book.interval);
     }
-    function button(text, action) {
-      var look = 'font:inherit;color:inherit;background:transparent;border:1px solid currentColor;' +
-        'border-radius:4px;padding:0.1em 0.7em;cursor:pointer';
-      var node = add(bar, 'button', {type: 'button', style: look}, text);
-      node.addEventListener('click', action);
-      return node;
-    }
-    var bar = add(root, 'div', {role: 'group', 'aria-label': 'Frames', 'data-lm-suppress-shortcuts': 'true', style:
-      'display:flex;flex-wrap:wrap;gap:0.5em;align-items:center;margin-top:0.4em;max-width:' + book.width + 'px'});
-    var range = add(bar, 'input', {type: 'range', min: 0, max: n - 1, step: 1, value: now,
-      'aria-label': book.title || 'Frame', style: 'flex:1 1 10em;min-width:8em;cursor:pointer'});
-    var count = add(bar, 'span', {'aria-hidden': 'true', style: 'font-variant-numeric:tabular-nums'});
-    button('Previous', function () { pause(); show(now - 1); });
-    var play = button('Play', function () { if (timer === null) { run(); } else { pause(); } });
-    button('Next', function () { pause(); show(now + 1); });
     range.addEventListener('input', function () { pause(); show(Number(range.value)); });
+    part('back').addEventListener('click', function () { pause(); show(now - 1); });
+    part('forth').addEventListener('click', function () { pause(); show(now + 1); });
+    play.addEventListener('click', function () { if (timer === null) { run(); } else { pause(); } });
+    part('back').textContent = 'Previous';
+    part('forth').textContent = 'Next';
+    part('bar').style.display = 'flex';
     pause();
     show(now);
   });
 })();
 """
+_BUTTON = (
+    '<button type="button" data-part="{}" style="font:inherit;color:inherit;background:transparent;'
+    'border:1px solid currentColor;border-radius:4px;padding:0.1em 0.7em;cursor:pointer"></button>'
+)
 
-# %% ../nbs/toolkit/widgets.ipynb #5a4d6aa7
+# %% ../nbs/toolkit/widgets.ipynb #f1a0d439
 def _png_size(png: bytes) -> tuple[int, int]:
     "Width and height in pixels, from the header of a PNG file."
     if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
@@ -99,7 +89,14 @@ def _png_size(png: bytes) -> tuple[int, int]:
     width, height = struct.unpack(">II", png[16:24])
     return width, height
 
-# %% ../nbs/toolkit/widgets.ipynb #405efecb
+
+def _png(frame: Any, dpi: int, colors: int | None) -> bytes:
+    "A frame as a PNG file: bytes as they are, arrays with all their colours."
+    if isinstance(frame, bytes):
+        return frame
+    return to_png(frame, dpi, colors if isinstance(frame, Figure) else None)
+
+# %% ../nbs/toolkit/widgets.ipynb #d6328c01
 @dataclass(frozen=True)
 class FlipBook:
     """Pictures to leaf through, shown as a self-contained HTML player: see `flipbook`."""
@@ -122,34 +119,38 @@ class FlipBook:
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
     def html(self) -> str:
-        """The player as one piece of HTML: a still picture with a caption, and a script that adds the controls."""
+        """The player as one piece of HTML: a picture, a caption, controls that a script brings to light, the script."""
         frames = [base64.b64encode(png).decode() for png in self.frames]
-        width, height = _png_size(self.frames[0])
-        shown = self.width or width
+        natural, height = _png_size(self.frames[0])
+        width = self.width or natural
+        title, alt, label = (html.escape(text) for text in (self.title, self.alt, self.labels[self.start]))
         book = {
             "id": self.key,
-            "title": self.title,
             "alt": self.alt,
             "labels": self.labels,
             "start": self.start,
-            "width": shown,
             "interval": self.interval,
             "frames": [None if i == self.start else frame for i, frame in enumerate(frames)],
         }
         data = json.dumps(book).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-        script = "\n".join(line.strip() for line in _SCRIPT.strip().splitlines()).replace("__BOOK__", data)
-        title, alt, label = (html.escape(text) for text in (self.title, self.alt, self.labels[self.start]))
-        return (
+        script = "\n".join(line.strip() for line in _SCRIPT.strip().splitlines()).replace("BOOK", data, 1)
+        lines = [
             f'<figure data-flipbook="{self.key}" role="group" aria-label="{title or "Flip-book"}" '
-            f'style="margin:1em 0;color:inherit;background:transparent">\n'
-            f'<img src="data:image/png;base64,{frames[self.start]}" '
-            f'alt="{alt} Frame {self.start + 1} of {len(frames)}: {label}" '
-            f'width="{shown}" height="{round(height * shown / width)}" '
-            f'style="max-width:100%;height:auto;image-rendering:{"pixelated" if shown > width else "auto"}">\n'
-            f"<figcaption>{title}{': ' if title else ''}"
-            f'<span data-label aria-live="polite">{label}</span></figcaption>\n'
-            f"</figure>\n<script>\n{script}\n</script>"
-        )
+            f'style="margin:1em 0;max-width:{width}px;color:inherit;background:transparent">',
+            f'<img src="data:image/png;base64,{frames[self.start]}" width="{width}" '
+            f'height="{round(height * width / natural)}" alt="{alt} Frame {self.start + 1} of {len(frames)}: {label}" '
+            f'style="max-width:100%;height:auto;image-rendering:{"pixelated" if width > natural else "auto"}">',
+            f'<figcaption>{title}{": " if title else ""}<span data-part="label" aria-live="polite">{label}</span>'
+            "</figcaption>",
+            '<div data-part="bar" data-lm-suppress-shortcuts="true" '
+            'style="display:none;flex-wrap:wrap;gap:0.5em;align-items:center;margin-top:0.4em">',
+            f'<input type="range" data-part="range" min="0" max="{len(frames) - 1}" step="1" value="{self.start}" '
+            f'aria-label="{title or "Frame"}" style="flex:1 1 10em;min-width:8em;cursor:pointer">',
+            '<span data-part="count" aria-hidden="true" style="font-variant-numeric:tabular-nums"></span>',
+            *(_BUTTON.format(name) for name in ("back", "play", "forth")),
+            f"</div>\n</figure>\n<script>\n{script}\n</script>",
+        ]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -179,6 +180,7 @@ def flipbook(
     start: int = 0,  # the frame to begin with
     width: int | None = None,  # pixels on the page; default: as wide as the frames, small arrays enlarged to about 320
     dpi: int = 80,  # dots per inch of figures
+    colors: int | None = 64,  # colours a figure keeps; None: all, at about three times the size
     interval: int = 600,  # milliseconds a frame while playing
 ) -> FlipBook:
     """Bind pictures to a flip-book: a slider, Previous, Play and Next, in any browser, without a kernel or a network.
@@ -190,7 +192,7 @@ def flipbook(
         raise ValueError(f"labels: expected one a frame and at least one frame, found {len(labels)} for {len(frames)}")
     if not -len(frames) <= start < len(frames):
         raise ValueError(f"start: expected the number of one of {len(frames)} frames, found {start}")
-    pngs = tuple(frame if isinstance(frame, bytes) else to_png(frame, dpi=dpi) for frame in frames)
+    pngs = tuple(_png(frame, dpi, colors) for frame in frames)
     sizes = {_png_size(png) for png in pngs}
     if len(sizes) > 1:
         raise ValueError(f"frames: expected one size, found {', '.join(f'{w}x{h}' for w, h in sorted(sizes))} pixels")
@@ -202,7 +204,7 @@ def flipbook(
     texts = tuple(str(label) for label in labels)
     return FlipBook(pngs, texts, title, alt or title, start % len(pngs), shown, interval)
 
-# %% ../nbs/toolkit/widgets.ipynb #3cba7b27
+# %% ../nbs/toolkit/widgets.ipynb #abb1e672
 def temperature_figure(
     energy: Callable[[Tensor], Tensor],  # (B, d) -> (B,), d = 1 or 2
     bounds: Sequence[tuple[float, float]],  # d pairs (low, high)
@@ -235,6 +237,8 @@ def temperature_figure(
         right.fill_between(x, p / grid.cell_volume, color=COLORS["data"], alpha=0.4)
         right.plot(x, p / grid.cell_volume, color=COLORS["data"])
         right.set_ylim(bottom=0)
+        low = float(energies.min())
+        left.set_ylim(low - 0.3, min(float(energies.max()), low + 6) + 0.3)
         tidy(left, xlabel="$x$", ylabel="energy $E$")
         tidy(right, xlabel="$x$", ylabel="density $p$")
     left.set_title("energy")
@@ -242,7 +246,7 @@ def temperature_figure(
     fig.suptitle(f"mean energy {float(mean):.3f}, entropy {float(entropy):.3f} nats", fontsize=10)
     return fig
 
-# %% ../nbs/toolkit/widgets.ipynb #364c35da
+# %% ../nbs/toolkit/widgets.ipynb #e3551979
 def langevin_figure(
     energy: Callable[[Tensor], Tensor],  # (B, 2) -> (B,)
     step_size: float = 0.05,  # η > 0
@@ -272,6 +276,7 @@ def langevin_figure(
     except NonFiniteError as error:
         message = "\n".join(textwrap.wrap(str(error), 40))
         right.text(0.5, 0.5, message, ha="center", va="center", transform=right.transAxes)
+        right.set_axis_off()
     else:
         assert chain.trajectory is not None and chain.trajectory_steps is not None
         e = _values_at(energy, chain.trajectory.flatten(0, 1), "energy").reshape(-1, n_chains)
