@@ -39,6 +39,7 @@ def browser() -> Iterator["Browser"]:
 def opened(browser: "Browser", file: Path, **options: Any) -> Iterator["Page"]:
     """The file in a page of its own; afterwards nothing was asked for but that file, and no script failed."""
     context = browser.new_context(**options)
+    context.set_default_timeout(10_000)
     page = context.new_page()
     requests: list[str] = []
     errors: list[str] = []
