@@ -136,7 +136,7 @@ def _energies_at(
             values.append(e.to(device="cpu", dtype=torch.float64))
     return torch.cat(values)
 
-# %% ../nbs/00_boltzmann.ipynb #ee949cf9
+# %% ../nbs/00_boltzmann.ipynb #c2f20ca2
 def _refine(
     energy: Callable[[Tensor], Tensor],
     bounds: Sequence[tuple[float, float]],
@@ -159,9 +159,10 @@ def _refine(
         while any(math.gcd(n, m) > 1 for m in counts):
             n += 1
         counts.append(n)
+    tried = f"the last values were {[round(v, 10) for v in history[-3:]]}" if history else "no grid was small enough"
     raise ConvergenceError(
-        f"log Z has not settled to within {rtol:g}: its last values were {[round(v, 10) for v in history[-3:]]}, and "
-        f"the next grid in d = {len(bounds)} would take {counts[-1]}^{len(bounds)} points (max_points is {max_points:,})"
+        f"log Z has not settled to within {rtol:g} in d = {len(bounds)}: {tried}, and the next grid "
+        f"would take {counts[-1]}^{len(bounds)} points (max_points is {max_points:,})"
     )
 
 # %% ../nbs/00_boltzmann.ipynb #6c0f91af
