@@ -111,7 +111,15 @@ def _log_sum(energies: Tensor, cell_volume: float, temperature: float) -> float:
 class ConvergenceError(ArithmeticError):
     """A numerical integral that cannot be trusted: it still moves, or its bounds cut off mass."""
 
-# %% ../nbs/00_boltzmann.ipynb #fdb1cfb1
+# %% ../nbs/00_boltzmann.ipynb #84f19aa1
+def _one_each(energies: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(energies, Tensor) or energies.shape != x.shape[:1]:
+        got = tuple(energies.shape) if isinstance(energies, Tensor) else type(energies).__name__
+        raise ValueError(f"an energy must return one number per point: for x {tuple(x.shape)} "
+                         f"the shape ({len(x)},), but it returned {got}")  # fmt: skip
+    return energies
+
+# %% ../nbs/00_boltzmann.ipynb #1cb26848
 def _energies_at(
     energy: Callable[[Tensor], Tensor],
     points: Tensor,
@@ -123,11 +131,7 @@ def _energies_at(
     values = []
     with torch.no_grad():
         for part in points.split(chunk):
-            e = energy(part.to(device=device, dtype=dtype))
-            if not isinstance(e, Tensor) or e.shape != part.shape[:1]:
-                got = tuple(e.shape) if isinstance(e, Tensor) else type(e).__name__
-                raise ValueError(f"an energy must return one number per point: for x {tuple(part.shape)} "
-                                 f"the shape ({len(part)},), but it returned {got}")  # fmt: skip
+            e = _one_each(energy(part.to(device=device, dtype=dtype)), part)
             bad = torch.isnan(e) | torch.isneginf(e)
             if bad.any():
                 where = int(bad.nonzero()[0, 0])
@@ -136,36 +140,7 @@ def _energies_at(
             values.append(e.to(device="cpu", dtype=torch.float64))
     return torch.cat(values)
 
-# %% ../nbs/00_boltzmann.ipynb #c2f20ca2
-def _refine(
-    energy: Callable[[Tensor], Tensor],
-    bounds: Sequence[tuple[float, float]],
-    temperature: float,
-    rtol: float,
-    max_points: int,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-) -> tuple[Grid, Tensor]:
-    """Add a quarter of cells per axis, in counts without common divisors, until log Z stays put twice in a row."""
-    counts: list[int] = [8]
-    history: list[float] = []
-    while counts[-1] ** len(bounds) <= max_points:
-        grid = make_grid(bounds, counts[-1])
-        energies = _energies_at(energy, grid.points, dtype, device)
-        history.append(_log_sum(energies, grid.cell_volume, temperature))
-        if len(history) > 2 and max(abs(history[-1] - history[-2]), abs(history[-2] - history[-3])) <= rtol:
-            return grid, energies
-        n = counts[-1] * 5 // 4 + 1
-        while any(math.gcd(n, m) > 1 for m in counts):
-            n += 1
-        counts.append(n)
-    tried = f"the last values were {[round(v, 10) for v in history[-3:]]}" if history else "no grid was small enough"
-    raise ConvergenceError(
-        f"log Z has not settled to within {rtol:g} in d = {len(bounds)}: {tried}, and the next grid "
-        f"would take {counts[-1]}^{len(bounds)} points (max_points is {max_points:,})"
-    )
-
-# %% ../nbs/00_boltzmann.ipynb #6c0f91af
+# %% ../nbs/00_boltzmann.ipynb #1837c390
 def _check_tail(
     energy: Callable[[Tensor], Tensor],
     bounds: Sequence[tuple[float, float]],
@@ -175,8 +150,9 @@ def _check_tail(
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> None:
-    """Pad the grid by a quarter of its width on every side, with the same cells, and see whether mass turns up."""
-    wide = make_grid([(low - (high - low) / 4, high + (high - low) / 4) for low, high in bounds], n + 2 * (n // 4))
+    """Pad the box by a quarter of its width on every side, with cells of the same size: does mass turn up there?"""
+    pad = n // 4  # cells on each side of the 4 * pad cells in the box
+    wide = make_grid([(low - (high - low) / 4, high + (high - low) / 4) for low, high in bounds], 6 * pad)
     box = torch.tensor(list(bounds), dtype=torch.float64)
     inside = ((wide.points > box[:, 0]) & (wide.points < box[:, 1])).all(1)
     energies = _energies_at(energy, wide.points, dtype, device)
@@ -187,27 +163,42 @@ def _check_tail(
             f"outside (tail_tol = {tail_tol:g}). Widen the bounds, or pass check_tail=False if space ends there"
         )
 
-# %% ../nbs/00_boltzmann.ipynb #a8e99d61
+# %% ../nbs/00_boltzmann.ipynb #08801eec
 def _quadrature(
     energy: Callable[[Tensor], Tensor],
     bounds: Sequence[tuple[float, float]],
     temperature: float,
     rtol: float,
     max_points: int,
-    check_tail: bool,
-    tail_tol: float,
+    tail_tol: float | None,  # None: do not look beyond the bounds
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> tuple[Grid, Tensor]:
-    """Check the settings, refine, look at the tail; returns a grid that can be trusted and its energies."""
+    """Refine until two steps in a row leave log Z where it was; returns the last grid and its energies."""
     _check_temperature(temperature)
-    bounds = _check_bounds(bounds)
-    grid, energies = _refine(energy, bounds, temperature, rtol, max_points, dtype, device)
-    if check_tail:
-        _check_tail(energy, bounds, grid.shape[0] // 8 * 4, temperature, tail_tol, dtype, device)
-    return grid, energies
+    d = len(bounds := _check_bounds(bounds))
+    counts, history, looked = [max(8, round(4096 ** (1 / d)))], [], False
+    while counts[-1] ** d <= max_points:
+        grid = make_grid(bounds, counts[-1])
+        energies = _energies_at(energy, grid.points, dtype, device)
+        history.append(_log_sum(energies, grid.cell_volume, temperature))
+        moved = max(abs(history[-1] - history[-2]), abs(history[-2] - history[-3])) if len(history) > 2 else math.inf
+        if tail_tol is not None and not looked and moved <= max(rtol, 1e-3):  # as soon as the grid sees roughly what there is
+            _check_tail(energy, bounds, counts[-1], temperature, tail_tol, dtype, device)
+            looked = True
+        if moved <= rtol:
+            return grid, energies
+        n = counts[-1] * 5 // 4 + 1
+        while any(math.gcd(n, m) > 1 for m in counts):
+            n += 1
+        counts.append(n)
+    tried = f"the last values were {[round(v, 10) for v in history[-3:]]}" if history else "no grid was small enough"
+    raise ConvergenceError(
+        f"log Z has not settled to within {rtol:g} in d = {d}: {tried}, and the next grid "
+        f"would take {counts[-1]}^{d} points (max_points is {max_points:,})"
+    )
 
-# %% ../nbs/00_boltzmann.ipynb #21fea377
+# %% ../nbs/00_boltzmann.ipynb #4acba7bb
 def log_partition(
     energy: Callable[[Tensor], Tensor],  # (B, d) → (B,)
     bounds: Sequence[tuple[float, float]],  # one (low, high) pair per dimension: the box that holds all the mass
@@ -225,10 +216,11 @@ def log_partition(
     off mass, `ValueError` for a bad temperature, bad bounds or an energy of the wrong shape, `FloatingPointError` for
     an energy that is NaN or −inf. A grid sees only what its points see: a spike narrower than a cell can go unnoticed.
     """
-    grid, energies = _quadrature(energy, bounds, temperature, rtol, max_points, check_tail, tail_tol, dtype, device)
+    limit = tail_tol if check_tail else None
+    grid, energies = _quadrature(energy, bounds, temperature, rtol, max_points, limit, dtype, device)
     return _log_sum(energies, grid.cell_volume, temperature)
 
-# %% ../nbs/00_boltzmann.ipynb #dcb2ca13
+# %% ../nbs/00_boltzmann.ipynb #0fbb7699
 def log_density(
     energy: Callable[[Tensor], Tensor],  # (B, *shape) → (B,)
     x: Tensor,  # (B, *shape)
@@ -237,11 +229,7 @@ def log_density(
 ) -> Tensor:  # (B,), in nats
     """log p(x) = −E(x)/T − log Z, differentiable in x and in the parameters of the energy."""
     _check_temperature(temperature)
-    e = energy(x)
-    if e.shape != x.shape[:1]:
-        raise ValueError(f"an energy must return one number per point: for x {tuple(x.shape)} "
-                         f"the shape ({len(x)},), but it returned {tuple(e.shape)}")  # fmt: skip
-    return -e / temperature - log_z
+    return -_one_each(energy(x), x) / temperature - log_z
 
 # %% ../nbs/00_boltzmann.ipynb #1689bf33
 @dataclass(frozen=True)
@@ -253,7 +241,7 @@ class Thermodynamics:
     entropy: float  # S = −⟨log p⟩, in nats; for a density it may be negative
     free_energy: float  # F = −T log Z, in units of energy
 
-# %% ../nbs/00_boltzmann.ipynb #161ce53a
+# %% ../nbs/00_boltzmann.ipynb #eafe3a63
 def thermodynamics(
     energy: Callable[[Tensor], Tensor],  # (B, d) → (B,)
     bounds: Sequence[tuple[float, float]],  # one (low, high) pair per dimension: the box that holds all the mass
@@ -266,7 +254,8 @@ def thermodynamics(
     device: torch.device | str | None = None,  # where the energy wants its points; None: the CPU
 ) -> Thermodynamics:
     """log Z, mean energy, entropy and free energy by quadrature; settings and errors as in `log_partition`."""
-    grid, energies = _quadrature(energy, bounds, temperature, rtol, max_points, check_tail, tail_tol, dtype, device)
+    limit = tail_tol if check_tail else None
+    grid, energies = _quadrature(energy, bounds, temperature, rtol, max_points, limit, dtype, device)
     probs = boltzmann_probs(energies, temperature)
     log_z = _log_sum(energies, grid.cell_volume, temperature)
     possible = probs > 0
