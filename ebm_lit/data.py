@@ -6,8 +6,7 @@
 __all__ = ['TOYS', 'Toy', 'toy', 'check_images', 'as_image_tensor', 'digits', 'DataNotFoundError', 'data_root', 'mnist',
            'fashion_mnist', 'kmnist', 'image_folder']
 
-# %% ../nbs/toolkit/data.ipynb #9af3a486
-import gzip
+# %% ../nbs/toolkit/data.ipynb #ece626f7
 import math
 import os
 import urllib.error
@@ -70,7 +69,7 @@ class Toy:
         """The energy −log p(x), shape (B,): at temperature 1 its Boltzmann distribution is the toy itself and Z = 1."""
         return -self.log_prob(x)
 
-# %% ../nbs/toolkit/data.ipynb #d265a086
+# %% ../nbs/toolkit/data.ipynb #cf041385
 def _describe(x: Any) -> str:
     "What was found instead: type, dtype and shape in a few words."
     if isinstance(x, Tensor | np.ndarray):
@@ -82,18 +81,27 @@ def _device(generator: torch.Generator | None) -> torch.device:
     "Points are drawn where the generator lives."
     return torch.device("cpu") if generator is None else generator.device
 
-# %% ../nbs/toolkit/data.ipynb #9b3ff2bd
+
+def _like(x: Tensor, constant: Tensor) -> Tensor:
+    "A constant in the dtype and on the device of x; the dtype first, because not every device knows float64."
+    return constant.to(x.dtype).to(x.device)
+
+# %% ../nbs/toolkit/data.ipynb #b0063226
 def _draw_mixture(n: int, generator: torch.Generator | None, centres: Tensor, std: float) -> Tensor:
     "Pick one of the K centres with equal chance, add Gaussian noise."
     device = _device(generator)
     k = torch.randint(len(centres), (n,), generator=generator, device=device)
-    return centres.to(device)[k] + std * torch.randn(n, 2, generator=generator, device=device)
+    return centres.float().to(device)[k] + std * torch.randn(n, 2, generator=generator, device=device)
+
+
+def _squares(x: Tensor, centres: Tensor) -> Tensor:
+    "‖x − c‖² for every point and centre, (B, K)."
+    return (x[:, :1] - centres[:, 0]) ** 2 + (x[:, 1:] - centres[:, 1]) ** 2
 
 
 def _log_mixture(x: Tensor, centres: Tensor, std: float) -> Tensor:
     "log (1/K) Σ_k N(x; c_k, s²I)."
-    square = ((x[:, None] - centres.to(x)) ** 2).sum(-1)
-    return torch.logsumexp(-square / (2 * std**2), 1) - math.log(len(centres) * 2 * math.pi * std**2)
+    return torch.logsumexp(-_squares(x, _like(x, centres)) / (2 * std**2), 1) - math.log(len(centres) * 2 * math.pi * std**2)
 
 # %% ../nbs/toolkit/data.ipynb #f573ae8b
 def _draw_rings(n: int, generator: torch.Generator | None, radii: tuple[float, ...], std: float) -> Tensor:
@@ -113,7 +121,7 @@ def _log_rings(x: Tensor, radii: tuple[float, ...], std: float) -> Tensor:
     log_weight = (r_k / r_k.sum()).log() - math.log(math.sqrt(2 * math.pi) * std)
     return torch.logsumexp(log_weight - (r[:, None] - r_k) ** 2 / (2 * std**2), 1) - (2 * math.pi * r).log()
 
-# %% ../nbs/toolkit/data.ipynb #98458d41
+# %% ../nbs/toolkit/data.ipynb #aec1b7ac
 def _arc(t: Tensor, radius: float) -> Tensor:
     "The upper moon's spine at the angles t; the other moon is its mirror image −(·)."
     return torch.stack([radius * (t.cos() - 0.5), radius * (t.sin() - 0.25)], -1)
@@ -131,14 +139,10 @@ def _log_moons(x: Tensor, radius: float, std: float, nodes: int = 96) -> Tensor:
     "log ½ Σ_± (1/π) ∫₀^π N(x; ±a(t), s²I) dt by Gauss-Legendre quadrature along the arc."
     t, weight = np.polynomial.legendre.leggauss(nodes)  # on [-1, 1]; the weights add up to 2
     spine = _arc(torch.as_tensor(math.pi * (t + 1) / 2), radius)
-    spine, log_weight = torch.cat([spine, -spine]).to(x), torch.as_tensor(np.log(weight / 4)).to(x).repeat(2)
-    log_norm = math.log(2 * math.pi * std**2)
-    return torch.cat(
-        [
-            torch.logsumexp(log_weight - ((part[:, None] - spine) ** 2).sum(-1) / (2 * std**2), 1) - log_norm
-            for part in x.split(2**15)  # bounded memory, whatever the number of points
-        ]
-    )
+    spine, log_weight = _like(x, torch.cat([spine, -spine])), _like(x, torch.as_tensor(np.log(weight / 4))).repeat(2)
+    parts = x.split(2**13)  # bounded memory, whatever the number of points
+    logs = [torch.logsumexp(log_weight - _squares(part, spine) / (2 * std**2), 1) for part in parts]
+    return torch.cat(logs) - math.log(2 * math.pi * std**2)
 
 # %% ../nbs/toolkit/data.ipynb #5ef9d9b4
 def _draw_checkerboard(n: int, generator: torch.Generator | None) -> Tensor:
@@ -156,10 +160,10 @@ def _log_checkerboard(x: Tensor) -> Tensor:
     dark = (cell.sum(1) % 2 == 0) & (x >= -4).all(1) & (x < 4).all(1)
     return torch.where(dark, x.new_tensor(-math.log(32.0)), -math.inf)
 
-# %% ../nbs/toolkit/data.ipynb #1cd5c17c
-_angles = torch.arange(8) * (2 * math.pi / 8)
+# %% ../nbs/toolkit/data.ipynb #173c93c7
+_angles = torch.arange(8, dtype=torch.float64) * (2 * math.pi / 8)
 _ring_of_8 = 2.4 * torch.stack([_angles.cos(), _angles.sin()], 1)
-_grid_of_25 = 1.5 * torch.cartesian_prod(torch.arange(-2.0, 3.0), torch.arange(-2.0, 3.0))
+_grid_of_25 = 1.5 * torch.cartesian_prod(*[torch.arange(-2, 3, dtype=torch.float64)] * 2)
 
 _TOYS = {
     t.name: t
@@ -293,7 +297,7 @@ def data_root(
     chosen = root or os.environ.get("EBM_LIT_DATA") or Path("~/.cache/ebm_lit")
     return Path(chosen).expanduser()
 
-# %% ../nbs/toolkit/data.ipynb #40ee7b21
+# %% ../nbs/toolkit/data.ipynb #3617f4ab
 def _reachable(urls: Iterable[str], timeout: float = 5.0) -> bool:
     "Does one of these hosts answer within the timeout? An HTTP error is an answer, too."
     for url in urls:
@@ -307,39 +311,50 @@ def _reachable(urls: Iterable[str], timeout: float = 5.0) -> bool:
     return False
 
 
+_IDX_FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+def _fetch(cls: Any, folder: Path, remedy: str) -> None:
+    "Let torchvision download a set; every failure becomes one line."
+    if not _reachable(cls.mirrors):
+        raise DataNotFoundError(f"{cls.__name__} is not in {folder} and no download server answers: {remedy}")
+    try:
+        cls(folder, download=True)
+    except (RuntimeError, OSError, EOFError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DataNotFoundError(f"{cls.__name__} could not be downloaded to {folder} ({why}): {remedy}") from None
+
+
 def _idx_images(
     cls_name: str,  # the class in torchvision.datasets
     split: str,  # "train" or "test"
     root: str | os.PathLike[str] | None,  # see `data_root`
     download: bool,  # may it be fetched?
 ) -> tuple[Tensor, Tensor]:
-    "Read one of the MNIST-like sets through torchvision; every failure becomes one line."
+    "Read one of the MNIST-like sets through torchvision."
     from torchvision import datasets  # heavy: imported where it is used
 
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', found {split!r}")
     folder, cls = data_root(root), getattr(datasets, cls_name)
+    raw = folder / cls_name / "raw"
     remedy = (
-        f"put its four idx files into {folder / cls_name / 'raw'}, or name the folder that holds {cls_name}/raw "
+        f"put its four idx files into {raw}, or name the folder that holds {cls_name}/raw "
         "with root=... or the environment variable EBM_LIT_DATA"
     )
-    try:
-        data = cls(folder, train=split == "train", download=False)
-    except RuntimeError:
+    if not all((raw / name).is_file() for name in _IDX_FILES):
         if not download:
-            raise DataNotFoundError(f"{cls_name} is not in {folder}: allow download=True, or {remedy}") from None
-        if not _reachable(cls.mirrors):
-            raise DataNotFoundError(f"{cls_name} is not in {folder} and no download server answers: {remedy}") from None
-        try:
-            data = cls(folder, train=split == "train", download=True)
-        except (RuntimeError, OSError, EOFError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise DataNotFoundError(f"{cls_name} could not be downloaded to {folder} ({why}): {remedy}") from None
-    except (ValueError, AssertionError, OSError, EOFError, gzip.BadGzipFile) as error:
+            raise DataNotFoundError(f"{cls_name} is not in {folder}: allow download=True, or {remedy}")
+        _fetch(cls, folder, remedy)
+    try:
+        found = cls(folder, train=split == "train", download=False)
+        x, y = as_image_tensor(found.data, "its pixels"), found.targets.to(torch.int64)
+        if len(x) != len(y):
+            raise ValueError(f"{len(x)} images but {len(y)} labels")
+    except Exception as error:  # whatever a parser stumbles over
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        damaged = f"{cls_name} in {folder} is damaged ({why})"
-        raise ValueError(f"{damaged}: delete {folder / cls_name} and {remedy}") from None
-    return as_image_tensor(data.data, cls_name), data.targets.to(torch.int64)
+        raise ValueError(f"{cls_name} in {folder} is damaged ({why}): delete {raw.parent} and {remedy}") from None
+    return x, y
 
 # %% ../nbs/toolkit/data.ipynb #f31844bc
 def mnist(
@@ -378,7 +393,7 @@ def kmnist(
     """
     return _idx_images("KMNIST", split, root, download)
 
-# %% ../nbs/toolkit/data.ipynb #5438f8d7
+# %% ../nbs/toolkit/data.ipynb #90f56cfc
 def _read_image(
     path: Path,  # the file
     shape: tuple[int, int, int] | None,  # (C, H, W) or None: as it is
@@ -399,7 +414,7 @@ def _read_image(
             channels = shape[0] if shape else (1 if image.mode in ("1", "L") else 3)
             image = image.convert("L" if channels == 1 else "RGB")
             if shape:
-                image = ImageOps.fit(image, (shape[2], shape[1]), Image.Resampling.LANCZOS)
+                image = ImageOps.fit(image, (shape[2], shape[1]), Image.Resampling.BILINEAR)
             return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     except Exception as error:
         why = "it is empty" if path.stat().st_size == 0 else " ".join(str(error).split())[:200]
