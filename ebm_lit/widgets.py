@@ -204,7 +204,7 @@ def flipbook(
     texts = tuple(str(label) for label in labels)
     return FlipBook(pngs, texts, title, alt or title, start % len(pngs), shown, interval)
 
-# %% ../nbs/toolkit/widgets.ipynb #abb1e672
+# %% ../nbs/toolkit/widgets.ipynb #ac0b73be
 def temperature_figure(
     energy: Callable[[Tensor], Tensor],  # (B, d) -> (B,), d = 1 or 2
     bounds: Sequence[tuple[float, float]],  # d pairs (low, high)
@@ -237,8 +237,8 @@ def temperature_figure(
         right.fill_between(x, p / grid.cell_volume, color=COLORS["data"], alpha=0.4)
         right.plot(x, p / grid.cell_volume, color=COLORS["data"])
         right.set_ylim(bottom=0)
-        low = float(energies.min())
-        left.set_ylim(low - 0.3, min(float(energies.max()), low + 6) + 0.3)
+        lowest = float(energies.min())
+        left.set_ylim(lowest - 0.3, min(float(energies.max()), lowest + 6) + 0.3)
         tidy(left, xlabel="$x$", ylabel="energy $E$")
         tidy(right, xlabel="$x$", ylabel="density $p$")
     left.set_title("energy")
@@ -374,17 +374,18 @@ def _log_slider(value: float, low: float, high: float, description: str) -> Any:
         style={"description_width": "initial"},
     )
 
-# %% ../nbs/toolkit/widgets.ipynb #1e3affb7
+# %% ../nbs/toolkit/widgets.ipynb #645d589e
 def run_report(
     start: float,  # time.perf_counter() at the top of the notebook
 ) -> str:
     """One line for the end of a notebook: versions of Python and PyTorch, device, threads, seconds since `start`."""
+    threads = torch.get_num_threads()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     parts = [
         f"Python {platform.python_version()}",
         f"PyTorch {torch.__version__}",
         device,
-        f"{torch.get_num_threads()} threads",
+        f"{threads} thread{'s' if threads > 1 else ''}",
         f"{time.perf_counter() - start:.1f} s",
     ]
     return " · ".join(parts)
