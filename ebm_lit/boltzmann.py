@@ -163,7 +163,14 @@ def _check_tail(
             f"outside (tail_tol = {tail_tol:g}). Widen the bounds, or pass check_tail=False if space ends there"
         )
 
-# %% ../nbs/00_boltzmann.ipynb #08801eec
+# %% ../nbs/00_boltzmann.ipynb #0a8a18c9
+def _next_count(counts: list[int]) -> int:
+    n = counts[-1] * 5 // 4 + 1
+    while any(math.gcd(n, m) > 1 for m in counts):
+        n += 1
+    return n
+
+# %% ../nbs/00_boltzmann.ipynb #072b10e9
 def _quadrature(
     energy: Callable[[Tensor], Tensor],
     bounds: Sequence[tuple[float, float]],
@@ -183,15 +190,12 @@ def _quadrature(
         energies = _energies_at(energy, grid.points, dtype, device)
         history.append(_log_sum(energies, grid.cell_volume, temperature))
         moved = max(abs(history[-1] - history[-2]), abs(history[-2] - history[-3])) if len(history) > 2 else math.inf
-        if tail_tol is not None and not looked and moved <= max(rtol, 1e-3):  # as soon as the grid sees roughly what there is
+        if tail_tol is not None and not looked and moved <= max(rtol, 1e-3):  # the grid sees roughly what there is
             _check_tail(energy, bounds, counts[-1], temperature, tail_tol, dtype, device)
             looked = True
         if moved <= rtol:
             return grid, energies
-        n = counts[-1] * 5 // 4 + 1
-        while any(math.gcd(n, m) > 1 for m in counts):
-            n += 1
-        counts.append(n)
+        counts.append(_next_count(counts))
     tried = f"the last values were {[round(v, 10) for v in history[-3:]]}" if history else "no grid was small enough"
     raise ConvergenceError(
         f"log Z has not settled to within {rtol:g} in d = {d}: {tried}, and the next grid "
