@@ -416,10 +416,9 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     named |= {"buffer.samples": state.buffer.samples, "buffer.ages": state.buffer.ages}
     return named | {"history": state.history, "generator": state.generator.get_state()}
 
-# %% ../nbs/04_training.ipynb #1be768ba
+# %% ../nbs/04_training.ipynb #38b01de7
 def _header(state: TrainState) -> dict[str, Any]:
     "The JSON part of a checkpoint."
-    last = {k for k, v in _tensors(state).items() if v.ndim == 4 and not v.is_contiguous()}
     return {
         "format": FORMAT,
         "config": dataclasses.asdict(state.config),
@@ -428,7 +427,7 @@ def _header(state: TrainState) -> dict[str, Any]:
         "device": state.history.device.type,
         "data_hash": state.data_hash,
         "step": state.step,
-        "channels_last": sorted(last),
+        "channels_last": any(not p.is_contiguous() for p in state.energy.parameters()),
     }
 
 
@@ -504,7 +503,7 @@ def load_checkpoint(
         _fill(state, saved, header)
     return state
 
-# %% ../nbs/04_training.ipynb #67ab59dd
+# %% ../nbs/04_training.ipynb #3beaf09b
 def _expected(state: TrainState) -> dict[str, tuple[torch.dtype, torch.Size]]:
     "Type and shape of every tensor that a checkpoint of this run must hold, and no others."
     expected = {k: (v.dtype, v.shape) for k, v in _tensors(state).items() if k != "generator"}
@@ -523,8 +522,10 @@ def _fill(state: TrainState, saved: dict[str, Tensor], header: dict[str, Any]) -
     for name, (dtype, shape) in expected.items():
         fits = saved[name].dtype == dtype and saved[name].shape == shape
         _require(fits, f"tensor {name!r}", f"{dtype} {tuple(shape)}", f"{saved[name].dtype} {tuple(saved[name].shape)}")
-    for name in header["channels_last"]:
-        saved[name] = saved[name].contiguous(memory_format=torch.channels_last)
+    if header["channels_last"]:
+        saved |= {k: v.contiguous(memory_format=torch.channels_last) for k, v in saved.items() if v.ndim == 4}
+        state.energy.to(memory_format=torch.channels_last)
+        state.ema.to(memory_format=torch.channels_last)
     state.energy.load_state_dict(_under("energy.", saved))
     state.ema.load_state_dict(_under("ema.", saved))
     _restore_optimizer(state, _under("optimizer.", saved))

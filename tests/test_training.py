@@ -1,0 +1,380 @@
+"""The loop, its monitor and its checkpoints: exact resumption, named failures, nothing lost."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ebm_lit import training
+from ebm_lit.data import digits
+from ebm_lit.training import (
+    METRICS,
+    CheckpointError,
+    DivergenceError,
+    TrainConfig,
+    check_health,
+    generate,
+    init_state,
+    learning_rate,
+    load_checkpoint,
+    read_checkpoint,
+    resolve_device,
+    save_checkpoint,
+    train,
+    train_step,
+)
+
+TINY = TrainConfig(n_iterations=10, batch_size=16, n_steps=3, buffer_size=64, width=8, hidden=16, sample_steps=5)
+
+
+@pytest.fixture(scope="module")
+def x() -> Tensor:
+    return digits("train")[0]
+
+
+def same(a: training.TrainState, b: training.TrainState) -> bool:
+    """Every tensor of two runs, random state included, is equal bit for bit."""
+    left, right = training._tensors(a), training._tensors(b)
+    return left.keys() == right.keys() and all(
+        u.dtype == right[k].dtype and u.detach().numpy().tobytes() == right[k].detach().numpy().tobytes()
+        for k, u in left.items()
+    )
+
+
+def stop_after(n: int):
+    calls = iter(range(1, 10_000))
+    return lambda: next(calls) == n
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("negatives", ["buffer", "data", "noise"])
+def test_same_seed_same_run(x, negatives):
+    config = dataclasses.replace(TINY, negatives=negatives)
+    assert same(train(x, config, progress=False), train(x, config, progress=False))
+    other = train(x, dataclasses.replace(config, seed=1), progress=False)
+    assert not same(train(x, config, progress=False), other)
+
+
+def test_training_leaves_globals_and_data_alone(x):
+    before, rng, threads = x.clone(), torch.get_rng_state(), torch.get_num_threads()
+    train(x, TINY, progress=False)
+    assert torch.equal(x, before)
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.is_grad_enabled() and threads == torch.get_num_threads()
+
+
+def test_average_follows_the_weights_exactly(x):
+    state = init_state(dataclasses.replace(TINY, ema_decay=0.9), x)
+    train_step(state, x)  # the first update of an average copies the weights
+    expected = [p.detach().clone() for p in state.energy.parameters()]
+    for _ in range(3):
+        train_step(state, x)
+        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, state.energy.parameters(), strict=True)]
+    for e, p in zip(expected, state.ema.parameters(), strict=True):
+        torch.testing.assert_close(e, p, rtol=1e-5, atol=1e-7)
+
+
+def test_one_update_is_adam_on_the_clipped_cd_gradient(x):
+    """The first update of Adam without momentum moves each weight by lr·g/(|g| + ε'), where g is the clipped gradient."""
+    config = dataclasses.replace(TINY, data_noise=0.0, reinit_prob=0.0, alpha=0.3, warmup=0, weight_grad_clip=0.05)
+    state, twin = init_state(config, x), init_state(config, x)
+    x_pos = training.draw_data(twin, x)
+    x_neg = training.draw_negatives(twin, x_pos)
+    e_pos, e_neg = twin.energy(x_pos), twin.energy(x_neg)
+    loss = e_pos.mean() - e_neg.mean() + 0.3 * (e_pos.square().mean() + e_neg.square().mean())
+    grads = torch.autograd.grad(loss, list(twin.energy.parameters()))
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    assert norm > 0.05  # the clip is active
+    train_step(state, x)
+    for p, q, g in zip(state.energy.parameters(), twin.energy.parameters(), grads, strict=True):
+        g = g * 0.05 / norm
+        torch.testing.assert_close(p, q - config.learning_rate * g / (g.abs() + 1e-8), rtol=1e-3, atol=1e-5)
+
+
+def test_schedule_by_hand():
+    config = TrainConfig(n_iterations=110, warmup=10, learning_rate=1.0)
+    assert [learning_rate(config, s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert learning_rate(config, 60) == pytest.approx(0.5)
+    assert learning_rate(config, 110) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_points_and_a_network_of_your_own():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.k = nn.Parameter(torch.tensor(0.1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.k * x.square().sum(-1)
+
+    g = torch.Generator().manual_seed(0)
+    points = torch.randn(500, 2, generator=g)
+    config = dataclasses.replace(TINY, bounds=None, step_size=0.1, noise_scale=0.447, n_iterations=150, learning_rate=0.02)
+    own = train(points, config, energy=Own(), progress=False)
+    assert 0.3 < own.energy.k.item() < 0.75  # the standard normal has E = ‖x‖²/2, so k = 0.5
+    assert generate(own, 7).x.shape == (7, 2)
+
+
+def test_callbacks_history_and_early_stop(x):
+    seen = []
+    state = train(x, TINY, progress=False, callbacks=[lambda s: seen.append(s.step)], callback_every=4)
+    assert seen == [4, 8, 10]
+    assert set(state.metrics) == set(METRICS) and all(len(v) == 10 for v in state.metrics.values())
+    stopped = train(x, TINY, progress=False, stop=stop_after(3))
+    assert stopped.step == 3 and stopped.history[3:].isnan().all() and len(stopped.metrics["loss"]) == 3
+
+
+def test_progress_bar_is_silent_without_a_terminal(x, capfd):
+    train(x, TINY)
+    assert capfd.readouterr().err == ""
+
+
+# --- the monitor ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "signal"),
+    [
+        ("loss", float("nan"), "non-finite loss"),
+        ("grad_norm", float("inf"), "non-finite grad_norm"),
+        ("energy_gap", -51.0, "energy gap"),
+    ],
+)
+def test_monitor_names_signal_and_step(x, column, value, signal):
+    state = init_state(TINY, x)
+    state.history[:5], state.step = 0.0, 5
+    check_health(state)
+    state.history[3, METRICS.index(column)] = value
+    with pytest.raises(DivergenceError, match=f"{signal} at iteration 3: .*; try ") as caught:
+        check_health(state)
+    assert caught.value.signal == signal and caught.value.step == 3
+    check_health(state, since=4)
+
+
+def test_monitor_sees_saturation(x):
+    state = init_state(TINY, x)
+    state.history[:5], state.step = 0.0, 5
+    state.history[:5, METRICS.index("saturation")] = 1.0
+    with pytest.raises(DivergenceError, match="saturated negatives"):
+        check_health(state)
+
+
+def test_diverging_run_stops_and_keeps_the_last_checkpoint(x, tmp_path):
+    path = tmp_path / "c.safetensors"
+    good = train(x, TINY, progress=False, checkpoint=path)
+    before = path.read_bytes()
+    wild = dataclasses.replace(TINY, n_iterations=400, learning_rate=1.0, alpha=0.0, monitor_every=10)
+    with pytest.raises(DivergenceError):
+        train(x, wild, progress=False, checkpoint=path, checkpoint_every=1000)
+    assert path.read_bytes() == before and same(load_checkpoint(path), good)
+
+
+def test_broken_chains_are_a_named_divergence(x):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.k = nn.Parameter(torch.tensor(float("nan")))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.k * x.flatten(1).sum(-1)
+
+    with pytest.raises(DivergenceError, match="non-finite negatives at iteration 0"):
+        train(x, TINY, energy=Broken(), progress=False)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", [1, 5, 9])
+@pytest.mark.parametrize("negatives", ["buffer", "data"])
+def test_resume_is_bit_exact(x, tmp_path, when, negatives):
+    config = dataclasses.replace(TINY, negatives=negatives)
+    straight = train(x, config, progress=False)
+    path = tmp_path / "c.safetensors"
+    train(x, config, progress=False, checkpoint=path, stop=stop_after(when))
+    loaded = load_checkpoint(path)
+    assert loaded.step == when
+    assert same(straight, train(x, state=loaded, progress=False))
+
+
+def test_round_trip_before_the_first_update_and_after_the_last(x, tmp_path):
+    fresh, done = init_state(TINY, x), train(x, TINY, progress=False)
+    for state in (fresh, done):
+        save_checkpoint(state, tmp_path / "c.safetensors")
+        assert same(state, load_checkpoint(tmp_path / "c.safetensors"))
+    train(x, state=load_checkpoint(tmp_path / "c.safetensors"), progress=False)  # nothing left to do: no error
+
+
+def test_memory_format_survives(x, tmp_path):
+    state = init_state(TINY, x)
+    state.energy.to(memory_format=torch.channels_last)
+    train_step(state, x)
+    save_checkpoint(state, tmp_path / "c.safetensors")
+    loaded = load_checkpoint(tmp_path / "c.safetensors")
+    formats = [p.is_contiguous(memory_format=torch.channels_last) for p in state.energy.parameters() if p.ndim == 4]
+    again = [p.is_contiguous(memory_format=torch.channels_last) for p in loaded.energy.parameters() if p.ndim == 4]
+    assert formats == again
+    assert same(state, loaded)
+
+
+def test_loaded_tensors_are_plain_data(x, tmp_path):
+    save_checkpoint(init_state(TINY, x), tmp_path / "c.safetensors")
+    header, tensors = read_checkpoint(tmp_path / "c.safetensors")
+    assert header["format"] == training.FORMAT and TrainConfig.from_dict(header["config"]) == TINY
+    assert json.loads(json.dumps(header)) == header and all(isinstance(t, Tensor) for t in tensors.values())
+
+
+def test_an_error_while_saving_keeps_the_previous_checkpoint(x, tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    state = init_state(TINY, x)
+    save_checkpoint(state, path)
+    before = path.read_bytes()
+    train_step(state, x)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(CheckpointError, match="cannot write the checkpoint: No space left"):
+                save_checkpoint(state, path)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["c.safetensors"]
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save_checkpoint(state, tmp_path / "missing" / "c.safetensors")
+
+
+def corruptions(whole: bytes):
+    yield "truncated", whole[:-1]
+    yield "half", whole[: len(whole) // 2]
+    yield "empty", b""
+    yield "pickle", b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94."
+    yield "huge header", (2**60).to_bytes(8, "little") + whole[8:]
+    yield "text", b"not a checkpoint at all, but long enough to be read as one"
+
+
+def test_broken_files_are_refused_in_one_line(x, tmp_path):
+    save_checkpoint(init_state(TINY, x), tmp_path / "good.safetensors")
+    for name, content in corruptions((tmp_path / "good.safetensors").read_bytes()):
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(tmp_path / "bad")
+        assert "bad: " in str(caught.value) and "\n" not in str(caught.value), name
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path)
+
+
+def test_foreign_and_unfitting_files_are_refused(x, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "c.safetensors"
+    save_file({"w": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of ebm_lit"):
+        load_checkpoint(path)
+
+    def altered(change):
+        save_checkpoint(train(x, TINY, progress=False, stop=stop_after(2)), path)
+        header, tensors = read_checkpoint(path)
+        change(header, tensors)
+        save_file(tensors, path, metadata={"ebm_lit": json.dumps(header)})
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(path)
+        return str(caught.value)
+
+    assert "is missing" in altered(lambda h, t: t.pop("energy.net.0.weight"))
+    assert "not expected" in altered(lambda h, t: t.update(extra=torch.zeros(1)))
+    assert "must be torch.float32" in altered(lambda h, t: t.update({"buffer.samples": t["buffer.samples"].double()}))
+    assert "must be torch" in altered(lambda h, t: t.update({"history": t["history"][:3]}))
+    assert "must be torch" in altered(lambda h, t: h["config"].update(width=16))  # another architecture
+    assert "step must be" in altered(lambda h, t: h.update(step=99))
+    assert "setting must be one of" in altered(lambda h, t: h["config"].update(surprise=1))
+    assert "format must be" in altered(lambda h, t: h.update(format="ebm_lit.checkpoint.9"))
+
+
+def test_a_run_continues_only_as_itself(x):
+    state = train(x, TINY, progress=False, stop=stop_after(2))
+    with pytest.raises(ValueError, match="x_data must be the data that this run was started with"):
+        train(x[:-1], state=state, progress=False)
+    with pytest.raises(ValueError, match="state already fixes config"):
+        train(x, dataclasses.replace(TINY, seed=5), state=state, progress=False)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        (torch.zeros(0, 1, 8, 8), "non-empty"),
+        (torch.zeros(4, 8, 8), r"\(N, C, H, W\)"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.float64), "float32"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), "float32"),
+        (torch.full((4, 1, 8, 8), 255.0), "within the bounds"),
+        (torch.full((4, 1, 8, 8), float("nan")), "finite"),
+        (torch.zeros(4, 1, 4, 4), "H, W >= 8"),
+        ([[0.0]], "a tensor"),
+    ],
+)
+def test_unusable_data(bad, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        train(bad, TINY, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_iterations", 0),
+        ("batch_size", 2.5),
+        ("n_steps", 0),
+        ("step_size", 0.0),
+        ("step_size", -1.0),
+        ("noise_scale", -0.1),
+        ("grad_clip", 0.0),
+        ("bounds", (1.0, -1.0)),
+        ("init_range", (1.0, 1.0)),
+        ("reinit_prob", 1.5),
+        ("ema_decay", -0.1),
+        ("alpha", -1.0),
+        ("learning_rate", float("nan")),
+        ("buffer_size", 8),
+        ("negatives", "pcd"),
+    ],
+)
+def test_unusable_settings_are_named(name, value):
+    with pytest.raises(ValueError, match=name) as caught:
+        TrainConfig(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_from_plain_values():
+    assert TrainConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(TINY)))) == TINY
+    with pytest.raises(ValueError, match="setting must be one of"):
+        TrainConfig.from_dict({"n_step": 3})
+    with pytest.raises(ValueError):
+        TrainConfig.from_dict({"learning_rate": "fast"})
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in {"cpu", "cuda", "mps"}
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(ValueError, match="not available here"):
+            resolve_device(name)
+
+
+@pytest.mark.cuda
+def test_whole_run_on_cuda(x, tmp_path):
+    state = train(x.cuda(), TINY, progress=False, checkpoint=tmp_path / "c.safetensors", stop=stop_after(5))
+    assert state.buffer.samples.is_cuda and state.history.is_cuda
+    again = train(x.cuda(), state=load_checkpoint(tmp_path / "c.safetensors", "cuda"), progress=False)
+    assert again.step == 10
+    on_cpu = load_checkpoint(tmp_path / "c.safetensors", "cpu")
+    assert train(x, state=on_cpu, progress=False).step == 10
