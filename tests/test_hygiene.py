@@ -317,6 +317,16 @@ def test_continuous_integration_runs_the_readmes_test_command() -> None:
     assert commands[-1] in [line.strip() for block in fenced for line in block.splitlines()]
 
 
+def test_names_in_the_documents_examples_exist() -> None:
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for code in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE):
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE:
+                    module = importlib.import_module(node.module)
+                    missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                    assert not missing, f"{path.name} imports {missing} from {node.module}"
+
+
 def test_workflows_are_well_formed() -> None:
     for path in (ROOT / ".github" / "workflows").glob("*.yml"):
         workflow = yaml.safe_load(path.read_text())
