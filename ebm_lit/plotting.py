@@ -52,13 +52,13 @@ def tidy(
             setter(text)
     return ax
 
-# %% ../nbs/toolkit/plotting.ipynb #c69628d4
+# %% ../nbs/toolkit/plotting.ipynb #9119315e
 def _array(values: Any, name: str, *ndims: int) -> np.ndarray:
     "A detached float array of one of the allowed numbers of axes; a one-line ValueError otherwise."
-    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
+    array = np.asarray(values.detach().cpu().double() if isinstance(values, Tensor) else values, dtype=float)
     if array.ndim not in ndims:
-        wanted = " or ".join(str(n) for n in ndims)
-        raise ValueError(f"{name}: expected an array of {wanted} axes, found shape {array.shape}")
+        wanted = " or ".join(str(n) for n in ndims) + (" axis" if ndims == (1,) else " axes")
+        raise ValueError(f"{name}: expected an array of {wanted}, found shape {array.shape}")
     if array.size == 0:
         raise ValueError(f"{name}: expected at least one value, found shape {array.shape}")
     return array
@@ -161,7 +161,7 @@ def _ticks(low: float, high: float) -> np.ndarray:
     ticks = np.asarray(MaxNLocator(5).tick_values(low, high))
     return ticks[(ticks >= low) & (ticks <= high)]
 
-# %% ../nbs/toolkit/plotting.ipynb #6294c7d7
+# %% ../nbs/toolkit/plotting.ipynb #25c0cbea
 def landscape(
     energy: Any,  # callable: points (N, 2) -> energies (N,); or values (n_x, n_y), the first axis along x
     bounds: Sequence[tuple[float, float]],  # ((x_low, x_high), (y_low, y_high))
@@ -181,14 +181,19 @@ def landscape(
         raise ValueError(f"kind: expected 'energy' or 'density', found {kind!r}")
     if not temperature > 0 or not clip > 0:
         raise ValueError(f"temperature and clip: expected numbers > 0, found {temperature} and {clip}")
-    (x_low, x_high), (y_low, y_high) = bounds
-    shape = (n, n) if callable(energy) else _array(energy, "energy", 2).shape
-    x, y = np.linspace(x_low, x_high, shape[0]), np.linspace(y_low, y_high, shape[1])
+    if len(bounds) != 2 or not all(low < high for low, high in bounds):
+        raise ValueError(f"bounds: expected ((low, high), (low, high)) with low < high, found {bounds}")
     if callable(energy):
+        if n < 2:
+            raise ValueError(f"n: expected at least 2 points, found {n}")
+        x, y = (np.linspace(low, high, n) for low, high in bounds)
         points = np.stack(np.meshgrid(x, y, indexing="ij"), -1).reshape(-1, 2)
-        values = _values_at(energy, points, "energy").reshape(shape)
+        values = _values_at(energy, points, "energy").reshape(n, n)
     else:
         values = _array(energy, "energy", 2)
+        if min(values.shape) < 2:
+            raise ValueError(f"energy: expected at least 2 values along each axis, found shape {values.shape}")
+        x, y = (np.linspace(low, high, m) for (low, high), m in zip(bounds, values.shape, strict=True))
     if np.isnan(values).any() or not np.isfinite(values.min()):
         raise ValueError("energy: expected a finite minimum and no NaN on the grid")
     ax = plt.gca() if ax is None else ax
@@ -200,7 +205,7 @@ def landscape(
         extend = "max" if values.max() > high else "neither"
     else:
         weight = np.exp(-(values - low) / temperature)
-        cell = (x_high - x_low) * (y_high - y_low) / ((shape[0] - 1) * (shape[1] - 1))
+        cell = (x[1] - x[0]) * (y[1] - y[0])
         drawn, label, cmap, extend = weight / (weight.sum() * cell), "density $p$", "viridis", "neither"
         low, high = 0.0, drawn.max()
     filled = ax.contourf(x, y, drawn.T, levels=np.linspace(low, high, 21), cmap=cmap, extend=extend)
