@@ -107,13 +107,13 @@ def count_parameters(module: nn.Module) -> int:
     """Number of trainable numbers in `module`; inside `frozen` there are none."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-# %% ../nbs/01_energy.ipynb #8de92547
+# %% ../nbs/01_energy.ipynb #ec3a58c8
 class EnergyCNN(nn.Module):
     """Energy of images (B, C, H, W) -> (B,): convolutions with Swish that halve the image to 2×2, then one linear unit.
 
     `shape` may be anything from (C, 8, 8) upwards, square or not; the first convolution is 5×5, the others 3×3.
-    No batch normalisation: an energy belongs to one image. Raises `ValueError` for a `shape` that is no (C, H, W) or too
-    small and for sizes that are not positive, and in `forward` for x of another shape or dtype.
+    No batch normalisation: an energy belongs to one image. Raises `ValueError` for a `shape` that is no (C, H, W) or
+    too small and for sizes that are not positive, and in `forward` for x of another shape or dtype.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ def frozen(
         for m, mode in modes:
             m.training = mode
 
-# %% ../nbs/01_energy.ipynb #cf23df37
+# %% ../nbs/01_energy.ipynb #f7a83c08
 def score(
     energy: Energy,  # callable (B, *shape) -> (B,)
     x: Tensor,  # (B, *shape)
@@ -196,7 +196,8 @@ def score(
 ) -> Tensor:  # −∇ₓE(x)/T, shape of `x`
     """The score ∇ₓ log p_T(x) = −∇ₓE(x)/T: the direction in which the density grows; Z does not appear.
 
-    A network is frozen meanwhile. Raises `ValueError` unless T is positive and finite, and what `energy_and_grad` raises.
+    A network is frozen meanwhile. Raises `ValueError` unless T is positive and finite, and all that `energy_and_grad`
+    raises.
     """
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
