@@ -7,7 +7,7 @@ __all__ = ['USER_ERRORS', 'DATASETS', 'CHECKPOINT', 'Command', 'Group', 'main', 
            'load_data', 'grid_png', 'history_csv', 'write_run', 'stop_on_interrupt', 'Report', 'train_command',
            'open_run', 'sample_command', 'energy_command', 'info_command']
 
-# %% ../nbs/toolkit/cli.ipynb #64265c48
+# %% ../nbs/toolkit/cli.ipynb #314825aa
 import csv
 import dataclasses
 import inspect
@@ -29,8 +29,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from . import __version__
-from .data import digits, fashion_mnist, image_folder, kmnist, mnist
-from .data import _read_image as read_image
+from .data import digits, fashion_mnist, image_folder, kmnist, mnist, read_image
 from .energy import count_parameters, evaluate_energy
 from ebm_lit.training import (
     CheckpointError,
@@ -344,7 +343,7 @@ def _pictures(state: TrainState, x: Tensor, frames: Tensor | None, steps: Tensor
         ax = filmstrip(frames[:, :8].cpu(), labels=[str(int(s)) for s in steps])
         yield "filmstrip.png", to_png(ax.figure, dpi=120)
 
-# %% ../nbs/toolkit/cli.ipynb #8f8e8c39
+# %% ../nbs/toolkit/cli.ipynb #866e48df
 @main.command("energy")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -358,7 +357,7 @@ def energy_command(checkpoint: Path, images: Sequence[Path], device: str) -> Non
     writer.writerow(["image", "energy"])
     for path in images:
         try:
-            x = torch.as_tensor(read_image(path, state.shape)).to(state.history.device)
+            x = read_image(path, state.shape).to(state.history.device)
         except (ValueError, OSError) as error:
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             failed += 1

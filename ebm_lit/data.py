@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOYS', 'Toy', 'toy', 'check_images', 'as_image_tensor', 'digits', 'DataNotFoundError', 'data_root', 'mnist',
-           'fashion_mnist', 'kmnist', 'image_folder']
+           'fashion_mnist', 'kmnist', 'read_image', 'image_folder']
 
 # %% ../nbs/toolkit/data.ipynb #ece626f7
 import math
@@ -393,7 +393,7 @@ def kmnist(
     """
     return _idx_images("KMNIST", split, root, download)
 
-# %% ../nbs/toolkit/data.ipynb #90f56cfc
+# %% ../nbs/toolkit/data.ipynb #51298594
 def _read_image(
     path: Path,  # the file
     shape: tuple[int, int, int] | None,  # (C, H, W) or None: as it is
@@ -417,8 +417,20 @@ def _read_image(
                 image = ImageOps.fit(image, (shape[2], shape[1]), Image.Resampling.BILINEAR)
             return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     except Exception as error:
-        why = "it is empty" if path.stat().st_size == 0 else " ".join(str(error).split())[:200]
+        empty = path.is_file() and path.stat().st_size == 0
+        why = "it is empty" if empty else " ".join(str(error).split())[:200]
         raise ValueError(f"cannot read {path} as an image: {why}") from None
+
+# %% ../nbs/toolkit/data.ipynb #3e7dd6be
+def read_image(
+    path: str | os.PathLike[str],  # one picture
+    shape: tuple[int, ...] | None = None,  # (C, H, W) to crop and scale to, C = 1 or 3; None: as it is
+) -> Tensor:
+    """Read one picture: (C, H, W), float32 in [−1, 1]. Raises ValueError, naming the file, if it is no image."""
+    if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1):
+        raise ValueError(f"shape: expected (C, H, W) with C = 1 or 3, found {shape}")
+    size = None if shape is None else (shape[0], shape[1], shape[2])
+    return as_image_tensor(_read_image(Path(path), size)[None])[0]
 
 # %% ../nbs/toolkit/data.ipynb #6b4bd419
 def _image_files(path: Path, limit: int | None) -> tuple[list[tuple[Path, int]], list[str]]:

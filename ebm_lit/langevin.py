@@ -228,7 +228,7 @@ def _check_chain(x_init: Tensor, generator: torch.Generator | None) -> None:
 def _same_device(a: torch.device, b: torch.device) -> bool:
     return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
 
-# %% ../nbs/02_langevin.ipynb #ac838962
+# %% ../nbs/02_langevin.ipynb #2ac6004e
 @dataclass(frozen=True)
 class Langevin:
     """Settings of a Langevin sampler, x ← x − η∇E(x) + ω with ω ~ N(0, σ²I): immutable, without state.
@@ -236,7 +236,8 @@ class Langevin:
     Give `temperature` (σ = √(2ηT)) or `noise_scale` (σ; the T it implies is reported); neither means T = 1.
     `grad_clip` clamps every coordinate of ∇E to ±c, `bounds` clamps x after each step: both change the target.
     Raises `ValueError` for settings out of range and for both noises at once.
-    Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions": the unadjusted algorithm, ULA.
+    Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their discrete
+    approximations", the unadjusted Langevin algorithm (ULA).
     """
 
     step_size: float  # η > 0, multiplies the gradient
@@ -309,7 +310,8 @@ class Langevin:
         _check_chain(x_init, generator)
         with torch.inference_mode(False), torch.no_grad(), frozen(energy):
             x = x_init.detach().clone()
-            alarm, film, records = _Alarm(x, n), _Film(x, n, trajectory), _Records(self, x, n) if diagnostics else None
+            alarm, film = _Alarm(x, n), _Film(x, n, trajectory)
+            records = _Records(self, x, n) if diagnostics else None
             for k in range(n):
                 e, grad = energy_and_grad(energy, x)
                 alarm.watch(k, e, grad)
@@ -318,4 +320,5 @@ class Langevin:
                 if records is not None:
                     records.add(k, e, grad, x)
             alarm.check(x)
-        return Chain(x, n, self.implied_temperature, *film.result(), records.result() if records is not None else None)
+        report = None if records is None else records.result()
+        return Chain(x, n, self.implied_temperature, *film.result(), report)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Start', 'METRICS', 'Callback', 'FORMAT', 'TrainConfig', 'learning_rate', 'TrainState', 'check_data', 'hash_data',
-           'resolve_device', 'build_energy', 'init_state', 'draw_data', 'draw_negatives', 'train_step',
-           'DivergenceError', 'check_health', 'train', 'generate', 'CheckpointError', 'write_atomically',
+           'resolve_device', 'build_energy', 'init_state', 'draw_data', 'draw_negatives', 'unroll', 'for_chains',
+           'train_step', 'DivergenceError', 'check_health', 'train', 'generate', 'CheckpointError', 'write_atomically',
            'save_checkpoint', 'read_checkpoint', 'load_checkpoint']
 
-# %% ../nbs/04_training.ipynb #4929102b
+# %% ../nbs/04_training.ipynb #a90891cd
 import dataclasses
 import hashlib
 import json
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -29,13 +30,15 @@ from tqdm.auto import tqdm
 
 from ebm_lit.contrastive_divergence import (
     Init,
+    Reinit,
     ReplayBuffer,
     cd_loss,
     negatives_from_buffer,
     negatives_from_data,
     negatives_from_noise,
+    reinit_by_age,
 )
-from .energy import EnergyCNN, EnergyMLP, evaluate_energy
+from .energy import Energy, EnergyCNN, EnergyMLP, evaluate_energy
 from .langevin import Chain, Langevin, NonFiniteError, uniform_init
 
 # %% ../nbs/04_training.ipynb #e4d6cf50
@@ -46,7 +49,7 @@ def _require(condition: bool, name: str, expected: str, value: object) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
-# %% ../nbs/04_training.ipynb #b8aed16c
+# %% ../nbs/04_training.ipynb #888d4b78
 @dataclass(frozen=True)
 class TrainConfig:
     """Every choice of a training run; the defaults train the embedded 8×8 digits.
@@ -55,27 +58,28 @@ class TrainConfig:
     """
 
     # the run
-    n_iterations: int = 2000  # parameter updates
-    batch_size: int = 128  # data per update, and as many negatives
+    n_iterations: int = 6000  # parameter updates
+    batch_size: int = 64  # data per update, and as many negatives
     seed: int = 0  # of everything that is drawn
     # the network
     width: int = 32  # channels of the first convolution (images), units of a layer (points)
     hidden: int = 128  # units before the last layer (images)
     # Langevin negatives
     negatives: Start = "buffer"  # where they start: buffer (PCD), data (CD-k) or noise (short-run)
-    n_steps: int = 15  # Langevin steps per iteration
+    n_steps: int = 10  # Langevin steps per iteration
     step_size: float = 2.0  # η
     noise_scale: float = 0.03  # σ
     grad_clip: float | None = None  # largest gradient coordinate in a chain
     bounds: tuple[float, float] | None = (-1.0, 1.0)  # box of data and chains
     init_range: tuple[float, float] = (-1.0, 1.0)  # fresh chains start uniformly in here
-    buffer_size: int = 8192  # persistent chains
-    reinit_prob: float = 0.1  # chance that a chain drawn from the buffer starts afresh
-    sample_steps: int = 256  # length of the chains that draw samples from noise after training
+    buffer_size: int = 1024  # persistent chains
+    reinit_age: float | None = 50.0  # s: a chain of age a starts afresh with probability n_steps/(a + s); None: reinit_prob
+    reinit_prob: float = 0.05  # the same probability for all ages, where reinit_age is none
+    sample_steps: int = 400  # length of the chains that draw samples from noise after training
     # the objective and the optimiser
     alpha: float = 0.01  # weight of the regulariser α(E₊² + E₋²)
     data_noise: float = 0.03  # standard deviation of the noise added to data
-    learning_rate: float = 1e-3  # of Adam, after the warm-up
+    learning_rate: float = 3e-3  # of Adam, after the warm-up
     warmup: int = 50  # iterations of linear warm-up; half a cosine down to zero follows
     beta1: float = 0.0  # Adam's momentum
     weight_grad_clip: float = 1.0  # largest norm of the weights' gradient
@@ -91,6 +95,7 @@ class TrainConfig:
             _require(isinstance(value, int) and value >= 1, name, "a whole number >= 1", value)
         for name in ("learning_rate", "weight_grad_clip", "max_energy_gap", "max_saturation"):
             _require(0 < getattr(self, name) < math.inf, name, "a finite number > 0", getattr(self, name))
+        _require(self.reinit_age is None or self.reinit_age > 0, "reinit_age", "a number > 0 or None", self.reinit_age)
         for name in ("alpha", "data_noise", "warmup", "sample_steps"):
             _require(0 <= getattr(self, name) < math.inf, name, "a finite number >= 0", getattr(self, name))
         for name in ("reinit_prob", "beta1", "ema_decay"):
@@ -106,6 +111,11 @@ class TrainConfig:
         return Langevin(
             self.step_size, self.n_steps, noise_scale=self.noise_scale, grad_clip=self.grad_clip, bounds=self.bounds
         )
+
+    @property
+    def reinit(self) -> Reinit:
+        """The chance that a chain drawn from the buffer starts afresh: a number, or a function of its age."""
+        return self.reinit_prob if self.reinit_age is None else reinit_by_age(self.n_steps, self.reinit_age)
 
     @classmethod
     def from_dict(
@@ -232,7 +242,7 @@ def init_state(
         data_hash=hash_data(x_data),
     )
 
-# %% ../nbs/04_training.ipynb #3ee7322c
+# %% ../nbs/04_training.ipynb #6aa9f9e4
 def draw_data(state: TrainState, x_data: Tensor) -> Tensor:
     """A random batch with a little noise, kept inside the bounds: what the model is asked to make likely."""
     cfg, g = state.config, state.generator
@@ -244,13 +254,49 @@ def draw_data(state: TrainState, x_data: Tensor) -> Tensor:
 
 def draw_negatives(state: TrainState, x_pos: Tensor) -> Tensor:
     """A batch of the model's own samples, by the rule that the configuration names."""
-    cfg, g = state.config, state.generator
+    cfg, g, energy = state.config, state.generator, for_chains(state.energy)
     if cfg.negatives == "data":
-        return negatives_from_data(cfg.sampler, state.energy, x_pos, g)
+        return negatives_from_data(cfg.sampler, energy, x_pos, g)
     init = _fresh(state.shape, cfg, x_pos.device)
     if cfg.negatives == "noise":
-        return negatives_from_noise(cfg.sampler, state.energy, cfg.batch_size, init, g)
-    return negatives_from_buffer(cfg.sampler, state.energy, state.buffer, cfg.batch_size, init, cfg.reinit_prob, g)
+        return negatives_from_noise(cfg.sampler, energy, cfg.batch_size, init, g)
+    return negatives_from_buffer(cfg.sampler, energy, state.buffer, cfg.batch_size, init, cfg.reinit, g)
+
+# %% ../nbs/04_training.ipynb #ee684d81
+def unroll(
+    network: EnergyCNN,
+) -> Energy:  # (B, *shape) -> (B,)
+    """The same function with every convolution written out as one matrix: cheaper to differentiate for tiny images.
+
+    Holds for the weights as they are now; energies and gradients agree with the network's up to rounding.
+    """
+    layers: list[tuple[Tensor, Tensor]] = []
+    shape: tuple[int, ...] = network.shape
+    with torch.no_grad():
+        for layer in network.net:
+            if isinstance(layer, nn.Conv2d):
+                pixels = torch.eye(math.prod(shape), device=layer.weight.device).view(-1, *shape)  # one at a time
+                images = F.conv2d(pixels, layer.weight, None, layer.stride, layer.padding)
+                shape = tuple(images.shape[1:])
+                bias = layer.bias if layer.bias is not None else images.new_zeros(shape[0])
+                layers.append((images.flatten(1), bias.repeat_interleave(math.prod(shape[1:]))))
+            elif isinstance(layer, nn.Linear):
+                layers.append((layer.weight.detach().t().clone(), layer.bias.detach().clone()))
+
+    def energy(x: Tensor) -> Tensor:
+        h = x.flatten(1)
+        for i, (weight, bias) in enumerate(layers):
+            h = torch.addmm(bias, F.silu(h) if i else h, weight)
+        return h.squeeze(1)
+
+    return energy
+
+
+def for_chains(network: nn.Module) -> Energy:
+    """What chains walk on: `unroll(network)` for a CNN of images with at most 256 numbers, else the network itself."""
+    if isinstance(network, EnergyCNN) and math.prod(network.shape) <= 256:
+        return unroll(network)
+    return network
 
 # %% ../nbs/04_training.ipynb #5993dd17
 def train_step(
@@ -286,7 +332,7 @@ def _record(state: TrainState, *values: Tensor) -> None:
     rate = torch.tensor(learning_rate(state.config, state.step), device=state.history.device)
     state.history[state.step] = torch.stack([v.detach() for v in values] + [rate])
 
-# %% ../nbs/04_training.ipynb #365e8ee3
+# %% ../nbs/04_training.ipynb #b332409e
 class DivergenceError(ArithmeticError):
     """A run left the range in which training makes sense: which signal, at which step, and what to try."""
 
@@ -312,7 +358,7 @@ def check_health(
     saturation = float(rows[:, METRICS.index("saturation")].mean()) if len(rows) else 0.0
     if saturation > cfg.max_saturation:
         detail = f"{saturation:.2%} of the negatives' coordinates lie on the bounds"
-        raise DivergenceError("saturated negatives", state.step - 1, detail, "a smaller step_size or more reinit_prob")
+        raise DivergenceError("saturated negatives", state.step - 1, detail, "a smaller step_size")
 
 
 _CALMER = "a smaller learning_rate, more n_steps or a larger alpha"
@@ -380,7 +426,7 @@ def _check_continuation(state: TrainState, x_data: Tensor, config: TrainConfig |
     if x_data.device.type != state.history.device.type:
         raise ValueError(f"x_data is on {x_data.device}, the run on {state.history.device}; they must be on one device")
 
-# %% ../nbs/04_training.ipynb #cf9a0b12
+# %% ../nbs/04_training.ipynb #1d4b1c0d
 def generate(
     state: TrainState,
     n: int,  # how many samples
@@ -393,7 +439,8 @@ def generate(
     cfg = state.config
     x_init = _fresh(state.shape, cfg, state.history.device)(n, generator)
     steps = cfg.sample_steps if n_steps is None else n_steps
-    return cfg.sampler.run(state.ema, x_init, steps, generator, trajectory=trajectory, diagnostics=diagnostics)
+    energy = for_chains(state.ema.module)
+    return cfg.sampler.run(energy, x_init, steps, generator, trajectory=trajectory, diagnostics=diagnostics)
 
 # %% ../nbs/04_training.ipynb #6b1f64ad
 FORMAT = "ebm_lit.checkpoint.1"

@@ -80,8 +80,8 @@ def test_average_follows_the_weights_exactly(x):
 
 
 def test_one_update_is_adam_on_the_clipped_cd_gradient(x):
-    """The first update of Adam without momentum moves each weight by lr·g/(|g| + ε'), where g is the clipped gradient."""
-    config = dataclasses.replace(TINY, data_noise=0.0, reinit_prob=0.0, alpha=0.3, warmup=0, weight_grad_clip=0.05)
+    """Adam's first update without momentum moves each weight by lr·g/(|g| + ε), where g is the clipped gradient."""
+    config = dataclasses.replace(TINY, data_noise=0.0, alpha=0.3, warmup=0, weight_grad_clip=0.05)
     state, twin = init_state(config, x), init_state(config, x)
     x_pos = training.draw_data(twin, x)
     x_neg = training.draw_negatives(twin, x_pos)
@@ -92,8 +92,9 @@ def test_one_update_is_adam_on_the_clipped_cd_gradient(x):
     assert norm > 0.05  # the clip is active
     train_step(state, x)
     for p, q, g in zip(state.energy.parameters(), twin.energy.parameters(), grads, strict=True):
-        g = g * 0.05 / norm
-        torch.testing.assert_close(p, q - config.learning_rate * g / (g.abs() + 1e-8), rtol=1e-3, atol=1e-5)
+        clipped = g * 0.05 / norm
+        moved = q - config.learning_rate * clipped / (clipped.abs() + 1e-8)
+        torch.testing.assert_close(p, moved, rtol=1e-3, atol=1e-5)
 
 
 def test_schedule_by_hand():
@@ -114,7 +115,8 @@ def test_points_and_a_network_of_your_own():
 
     g = torch.Generator().manual_seed(0)
     points = torch.randn(500, 2, generator=g)
-    config = dataclasses.replace(TINY, bounds=None, step_size=0.1, noise_scale=0.447, n_iterations=150, learning_rate=0.02)
+    chains = {"bounds": None, "step_size": 0.1, "noise_scale": 0.447}
+    config = dataclasses.replace(TINY, n_iterations=150, learning_rate=0.02, **chains)
     own = train(points, config, energy=Own(), progress=False)
     assert 0.3 < own.energy.k.item() < 0.75  # the standard normal has E = ‖x‖²/2, so k = 0.5
     assert generate(own, 7).x.shape == (7, 2)
@@ -341,6 +343,7 @@ def test_unusable_data(bad, expected):
         ("bounds", (1.0, -1.0)),
         ("init_range", (1.0, 1.0)),
         ("reinit_prob", 1.5),
+        ("reinit_age", 0.0),
         ("ema_decay", -0.1),
         ("alpha", -1.0),
         ("learning_rate", float("nan")),
