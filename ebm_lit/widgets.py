@@ -31,7 +31,14 @@ from .boltzmann import boltzmann_probs, make_grid
 from .langevin import Langevin, NonFiniteError, uniform_init
 from .plotting import COLORS, _home, _values_at, landscape, tidy, to_png, trace, trajectories
 
-# %% ../nbs/toolkit/widgets.ipynb #ac0b73be
+# %% ../nbs/toolkit/widgets.ipynb #86e549eb
+class _Picture(Figure):
+    "A figure that a notebook shows by itself, whether pyplot is in use or not."
+
+    def _repr_png_(self) -> bytes:
+        return to_png(self)
+
+# %% ../nbs/toolkit/widgets.ipynb #d8acdc6c
 def temperature_figure(
     energy: Callable[[Tensor], Tensor],  # (B, d) -> (B,), d = 1 or 2
     bounds: Sequence[tuple[float, float]],  # d pairs (low, high)
@@ -50,7 +57,7 @@ def temperature_figure(
     p = boltzmann_probs(energies, temperature)
     some = p > 0
     mean, entropy = (p[some] * energies[some]).sum(), -(p[some] * (p[some] / grid.cell_volume).log()).sum()
-    fig = Figure(figsize=(8.4, 3.6), layout="constrained")
+    fig = _Picture(figsize=(8.4, 3.6), layout="constrained")
     left, right = fig.subplots(1, 2)
     if len(bounds) == 2:
         low, high = grid.points[0], grid.points[-1]
@@ -73,7 +80,7 @@ def temperature_figure(
     fig.suptitle(f"mean energy {float(mean):.3f}, entropy {float(entropy):.3f} nats", fontsize=10)
     return fig
 
-# %% ../nbs/toolkit/widgets.ipynb #e3551979
+# %% ../nbs/toolkit/widgets.ipynb #fd6e81a0
 def langevin_figure(
     energy: Callable[[Tensor], Tensor],  # (B, 2) -> (B,)
     step_size: float = 0.05,  # η > 0
@@ -93,7 +100,7 @@ def langevin_figure(
     generator = torch.Generator(home["device"]).manual_seed(seed)
     low, high = torch.tensor(bounds, **home).T
     x_init = low + (high - low) * uniform_init(n_chains, (2,), bounds=(0.0, 1.0), generator=generator)
-    fig = Figure(figsize=(8.4, 3.6), layout="constrained")
+    fig = _Picture(figsize=(8.4, 3.6), layout="constrained")
     left, right = fig.subplots(1, 2)
     landscape(energy, bounds, ax=left)
     tidy(right, xlabel="step", ylabel="energy $E$")
