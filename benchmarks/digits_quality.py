@@ -83,10 +83,12 @@ def one_seed(seed: int, judge: Judge, lengths: tuple[int, ...], device: torch.de
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="how many seeds, from 0 on")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2560], help="further chain lengths to judge")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 4000], help="further chain lengths to judge")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="8×8 images are too small to share among cores")
     parser.add_argument("--store", action="store_true", help=f"write {RESULTS.name}")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     judge = Judge()
     real = judge(judge.x_test)
     print(f"judge: test accuracy {judge.accuracy:.3f}; held-out digits: {real['confident']:.3f} confident,", end=" ")

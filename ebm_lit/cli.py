@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USER_ERRORS', 'DATASETS', 'CHECKPOINT', 'Command', 'Group', 'main', 'Numbers', 'setting_options', 'read_settings',
-           'load_data', 'grid_png', 'history_csv', 'write_run', 'stop_on_interrupt', 'Report', 'train_command',
-           'open_run', 'sample_command', 'energy_command', 'info_command']
+           'load_data', 'grid_png', 'history_csv', 'write_run', 'stop_on_interrupt', 'Report', 'cpu_threads',
+           'train_command', 'open_run', 'sample_command', 'energy_command', 'info_command']
 
 # %% ../nbs/toolkit/cli.ipynb #314825aa
 import csv
@@ -219,6 +219,17 @@ class Report:
         gap = float(state.metrics["energy_gap"][-50:].mean())
         click.echo(f"iteration {state.step}/{state.config.n_iterations}  energy gap {gap:+.4f}  {seconds:.0f} s")
 
+# %% ../nbs/toolkit/cli.ipynb #73b5bbdf
+@contextmanager
+def cpu_threads(n: int) -> Iterator[None]:
+    """Let PyTorch use `n` threads inside, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 # %% ../nbs/toolkit/cli.ipynb #cb8e7a76
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -240,7 +251,7 @@ def _old_run(folder: Path, device: torch.device) -> tuple[str, TrainState]:
     data = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data"]
     return data, load_checkpoint(folder / CHECKPOINT, device)
 
-# %% ../nbs/toolkit/cli.ipynb #85788900
+# %% ../nbs/toolkit/cli.ipynb #9ee7dbc3
 @main.command("train")
 @click.option("--data", help="digits, mnist, fashion_mnist, kmnist or a folder of images.  [default: digits]")
 @click.option("--name", help="Name of the run.  [default: that of the data]")
@@ -248,6 +259,7 @@ def _old_run(folder: Path, device: torch.device) -> tuple[str, TrainState]:
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSON file with settings.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Continue the run in this folder.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: 1 for tiny images, else PyTorch's choice]")
 @click.option("--checkpoint-every", type=click.IntRange(1), default=500, show_default=True, help="Iterations.")
 @setting_options
 def train_command(
@@ -257,6 +269,7 @@ def train_command(
     config: Path | None,
     resume: Path | None,
     device: str,
+    threads: int | None,
     checkpoint_every: int,
     **options: Any,
 ) -> None:
@@ -273,7 +286,8 @@ def train_command(
         x, folder = load_data(data).to(where), runs / (name or Path(data).name)
         state = init_state(settings, x)
         _new_run(folder, data, settings)
-    _train(state, x, folder, checkpoint_every)
+    with cpu_threads(threads or (1 if x[0].numel() <= 256 else torch.get_num_threads())):
+        _train(state, x, folder, checkpoint_every)
 
 # %% ../nbs/toolkit/cli.ipynb #ec734c56
 def _train(state: TrainState, x: Tensor, folder: Path, checkpoint_every: int) -> None:

@@ -49,7 +49,7 @@ def _require(condition: bool, name: str, expected: str, value: object) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
-# %% ../nbs/04_training.ipynb #888d4b78
+# %% ../nbs/04_training.ipynb #abfd92e8
 @dataclass(frozen=True)
 class TrainConfig:
     """Every choice of a training run; the defaults train the embedded 8×8 digits.
@@ -58,7 +58,7 @@ class TrainConfig:
     """
 
     # the run
-    n_iterations: int = 6000  # parameter updates
+    n_iterations: int = 5000  # parameter updates
     batch_size: int = 64  # data per update, and as many negatives
     seed: int = 0  # of everything that is drawn
     # the network
@@ -73,7 +73,7 @@ class TrainConfig:
     bounds: tuple[float, float] | None = (-1.0, 1.0)  # box of data and chains
     init_range: tuple[float, float] = (-1.0, 1.0)  # fresh chains start uniformly in here
     buffer_size: int = 1024  # persistent chains
-    reinit_age: float | None = 50.0  # s: a chain of age a starts afresh with probability n_steps/(a + s); None: reinit_prob
+    reinit_age: float | None = 30.0  # s: a chain of age a starts afresh with probability n_steps/(a + s); None: reinit_prob
     reinit_prob: float = 0.05  # the same probability for all ages, where reinit_age is none
     sample_steps: int = 400  # length of the chains that draw samples from noise after training
     # the objective and the optimiser
