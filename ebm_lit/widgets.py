@@ -6,7 +6,7 @@
 __all__ = ['temperature_figure', 'langevin_figure', 'FlipBook', 'flipbook', 'Explorer', 'temperature_widget', 'langevin_widget',
            'run_report']
 
-# %% ../nbs/toolkit/widgets.ipynb #8c33a367
+# %% ../nbs/toolkit/widgets.ipynb #bf4a2f23
 import base64
 import hashlib
 import html
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -38,7 +39,7 @@ class _Picture(Figure):
     def _repr_png_(self) -> bytes:
         return to_png(self)
 
-# %% ../nbs/toolkit/widgets.ipynb #d8acdc6c
+# %% ../nbs/toolkit/widgets.ipynb #6023a671
 def temperature_figure(
     energy: Callable[[Tensor], Tensor],  # (B, d) -> (B,), d = 1 or 2
     bounds: Sequence[tuple[float, float]],  # d pairs (low, high)
@@ -47,8 +48,8 @@ def temperature_figure(
 ) -> Figure:
     """Draw the Boltzmann density of an energy at one temperature, beside the energy itself.
 
-    The mean energy ⟨E⟩ and the entropy S in the title are sums over the same grid. Raises ValueError for T ≤ 0 or
-    another number of dimensions.
+    The mean energy and the entropy in the title are sums over the same grid, too coarse where the density is narrower
+    than a cell. Raises ValueError for T ≤ 0 or another number of dimensions.
     """
     if len(bounds) not in (1, 2):
         raise ValueError(f"bounds: expected 1 or 2 pairs (low, high), found {len(bounds)}")
@@ -126,7 +127,7 @@ def langevin_figure(
     fig.suptitle(f"{settings}: implied temperature $T$ = {t:.3g}", fontsize=10)
     return fig
 
-# %% ../nbs/toolkit/widgets.ipynb #11b54c1e
+# %% ../nbs/toolkit/widgets.ipynb #f494acb5
 _SCRIPT = """
 (function () {
   var book = BOOK;
@@ -175,6 +176,41 @@ _BUTTON = (
     '<button type="button" data-part="{}" style="font:inherit;color:inherit;background:transparent;'
     'border:1px solid currentColor;border-radius:4px;padding:0.1em 0.7em;cursor:pointer"></button>'
 )
+_PLAYER = Template(
+    """
+<figure data-flipbook="$key" role="group" aria-label="$title" style="margin:1em 0;max-width:${room}px;color:inherit">
+<img src="data:image/png;base64,$still" alt="$alt Frame $number of $count: $label" width="$width" height="$height"
+ style="max-width:100%;height:auto;image-rendering:$rendering">
+<figcaption>$heading<span data-part="label" aria-live="polite">$label</span></figcaption>
+<div data-part="bar" data-lm-suppress-shortcuts="true"
+ style="display:none;flex-wrap:wrap;gap:0.5em;align-items:center;margin-top:0.4em">
+<input type="range" data-part="range" min="0" max="$last" step="1" value="$start" aria-label="$title"
+ style="flex:1 1 10em;min-width:8em;cursor:pointer">
+<span data-part="count" aria-hidden="true" style="font-variant-numeric:tabular-nums"></span>
+$buttons
+</div>
+</figure>
+<script>
+$script
+</script>
+""".strip()
+)
+_PAGE = Template(
+    """
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+</head>
+<body style="font-family:sans-serif;margin:1em auto;max-width:60em;padding:0 1em">
+$player
+</body>
+</html>
+""".lstrip()
+)
 
 # %% ../nbs/toolkit/widgets.ipynb #f1a0d439
 def _png_size(png: bytes) -> tuple[int, int]:
@@ -191,7 +227,7 @@ def _png(frame: Any, dpi: int, colors: int | None) -> bytes:
         return frame
     return to_png(frame, dpi, colors if isinstance(frame, Figure) else None)
 
-# %% ../nbs/toolkit/widgets.ipynb #d6328c01
+# %% ../nbs/toolkit/widgets.ipynb #a44062da
 @dataclass(frozen=True)
 class FlipBook:
     """Pictures to leaf through, shown as a self-contained HTML player: see `flipbook`."""
@@ -213,39 +249,39 @@ class FlipBook:
         parts = [*self.frames, *(t.encode() for t in (*self.labels, self.title, self.alt, str(self.start)))]
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
+    def script(self) -> str:
+        """The script of the player, with labels and frames in it; the frame shown first is in the page already."""
+        frames = [base64.b64encode(png).decode() for png in self.frames]
+        frames[self.start] = ""
+        book = {"id": self.key, "alt": self.alt, "start": self.start, "interval": self.interval}
+        data = json.dumps({**book, "labels": self.labels, "frames": frames})
+        for character in "<>&":  # no text may end the script
+            data = data.replace(character, f"\\u{ord(character):04x}")
+        return "\n".join(line.strip() for line in _SCRIPT.strip().splitlines()).replace("BOOK", data, 1)
+
     def html(self) -> str:
         """The player as one piece of HTML: a picture, a caption, controls that a script brings to light, the script."""
-        frames = [base64.b64encode(png).decode() for png in self.frames]
         natural, height = _png_size(self.frames[0])
         width = self.width or natural
         title, alt, label = (html.escape(text) for text in (self.title, self.alt, self.labels[self.start]))
-        book = {
-            "id": self.key,
-            "alt": self.alt,
-            "labels": self.labels,
-            "start": self.start,
-            "interval": self.interval,
-            "frames": [None if i == self.start else frame for i, frame in enumerate(frames)],
-        }
-        data = json.dumps(book).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-        script = "\n".join(line.strip() for line in _SCRIPT.strip().splitlines()).replace("BOOK", data, 1)
-        lines = [
-            f'<figure data-flipbook="{self.key}" role="group" aria-label="{title or "Flip-book"}" '
-            f'style="margin:1em 0;max-width:{width}px;color:inherit;background:transparent">',
-            f'<img src="data:image/png;base64,{frames[self.start]}" width="{width}" '
-            f'height="{round(height * width / natural)}" alt="{alt} Frame {self.start + 1} of {len(frames)}: {label}" '
-            f'style="max-width:100%;height:auto;image-rendering:{"pixelated" if width > natural else "auto"}">',
-            f'<figcaption>{title}{": " if title else ""}<span data-part="label" aria-live="polite">{label}</span>'
-            "</figcaption>",
-            '<div data-part="bar" data-lm-suppress-shortcuts="true" '
-            'style="display:none;flex-wrap:wrap;gap:0.5em;align-items:center;margin-top:0.4em">',
-            f'<input type="range" data-part="range" min="0" max="{len(frames) - 1}" step="1" value="{self.start}" '
-            f'aria-label="{title or "Frame"}" style="flex:1 1 10em;min-width:8em;cursor:pointer">',
-            '<span data-part="count" aria-hidden="true" style="font-variant-numeric:tabular-nums"></span>',
-            *(_BUTTON.format(name) for name in ("back", "play", "forth")),
-            f"</div>\n</figure>\n<script>\n{script}\n</script>",
-        ]
-        return "\n".join(lines)
+        return _PLAYER.substitute(
+            key=self.key,
+            title=title or "Flip-book",
+            heading=f"{title}: " if title else "",
+            alt=alt,
+            label=label,
+            still=base64.b64encode(self.frames[self.start]).decode(),
+            number=self.start + 1,
+            count=len(self.frames),
+            start=self.start,
+            last=len(self.frames) - 1,
+            width=width,
+            height=round(height * width / natural),
+            room=max(width, 360),
+            rendering="pixelated" if width > natural else "auto",
+            buttons="".join(_BUTTON.format(name) for name in ("back", "play", "forth")),
+            script=self.script(),
+        )
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -255,13 +291,7 @@ class FlipBook:
         path: str | os.PathLike[str],  # an .html file; replaced if it exists
     ) -> Path:
         """Write the player as a web page of its own, which needs nothing else, and return its path."""
-        page = (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width">\n<meta name="color-scheme" content="light dark">\n'
-            f"<title>{html.escape(self.title or 'Flip-book')}</title>\n</head>\n"
-            f'<body style="font-family:sans-serif;margin:1em auto;max-width:60em;padding:0 1em">\n{self.html()}\n'
-            "</body>\n</html>\n"
-        )
+        page = _PAGE.substitute(title=html.escape(self.title or "Flip-book"), player=self.html())
         target = Path(path)
         target.write_text(page, encoding="utf-8")
         return target
