@@ -508,7 +508,7 @@ def test_the_callers_grad_mode_does_not_matter(caller: Callable[[], Any], make_g
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         y = Langevin(0.1, 4).sample(net, torch.ones(3, 2), generator=make_generator(1))
         assert modes == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    assert torch.equal(y, expected) and not y.requires_grad
+    assert torch.equal(y, expected) and not y.requires_grad and not y.is_inference(), "an ordinary tensor"
 
 
 def test_memory_does_not_grow_with_the_steps(make_generator: Factory) -> None:
@@ -700,11 +700,16 @@ def test_bounds_and_clipping_hide_nothing(when: int, what: str, bad: float) -> N
         calls += 1
         e = x.sum(1)
         if calls == when + 1:
-            e = e + bad if what == "energy" else e + (x - x.detach()).abs().sqrt().sum(1)
+            e = e + bad if what == "energy" else e + (x - x.detach()).sqrt().sum(1)  # slope 1/(2·0)
         return e
 
     with pytest.raises(NonFiniteError, match=f"{what} became NaN or infinite at step {when} of 6"):
         Langevin(0.1, 6, grad_clip=0.5, bounds=(-1, 1)).sample(energy, torch.zeros(4, 2))
+
+
+def test_energy_and_gradient_bad_at_once_is_the_energys_fault() -> None:
+    with pytest.raises(NonFiniteError, match="the energy became NaN or infinite at step 0 of 2"):
+        Langevin(0.1, 2).sample(lambda x: math.nan * x.sum(1), torch.ones(3, 1))
 
 
 def test_one_bad_chain_of_many_is_enough() -> None:
