@@ -127,7 +127,7 @@ def langevin_figure(
     fig.suptitle(f"{settings}: implied temperature $T$ = {t:.3g}", fontsize=10)
     return fig
 
-# %% ../nbs/toolkit/widgets.ipynb #f494acb5
+# %% ../nbs/toolkit/widgets.ipynb #aaaa66b6
 _SCRIPT = """
 (function () {
   var book = BOOK;
@@ -172,8 +172,9 @@ _SCRIPT = """
   });
 })();
 """
+# data-lm-suppress-shortcuts keeps the keys of a focused control from JupyterLab, whose shortcuts come first otherwise
 _BUTTON = (
-    '<button type="button" data-part="{}" style="font:inherit;color:inherit;background:transparent;'
+    '<button type="button" data-part="{}" data-lm-suppress-shortcuts="true" style="font:inherit;color:inherit;background:transparent;'
     'border:1px solid currentColor;border-radius:4px;padding:0.1em 0.7em;cursor:pointer"></button>'
 )
 _PLAYER = Template(
@@ -182,10 +183,9 @@ _PLAYER = Template(
 <img src="data:image/png;base64,$still" alt="$alt Frame $number of $count: $label" width="$width" height="$height"
  style="max-width:100%;height:auto;image-rendering:$rendering">
 <figcaption>$heading<span data-part="label" aria-live="polite">$label</span></figcaption>
-<div data-part="bar" data-lm-suppress-shortcuts="true"
- style="display:none;flex-wrap:wrap;gap:0.5em;align-items:center;margin-top:0.4em">
+<div data-part="bar" style="display:none;flex-wrap:wrap;gap:0.5em;align-items:center;margin-top:0.4em">
 <input type="range" data-part="range" min="0" max="$last" step="1" value="$start" aria-label="$title"
- style="flex:1 1 10em;min-width:8em;cursor:pointer">
+ data-lm-suppress-shortcuts="true" style="flex:1 1 10em;min-width:8em;cursor:pointer">
 <span data-part="count" aria-hidden="true" style="font-variant-numeric:tabular-nums"></span>
 $buttons
 </div>

@@ -124,6 +124,13 @@ def test_player_asks_nobody_and_survives_markdown() -> None:
     assert " id=" not in html, "ids would clash when a page shows a flip-book twice"
 
 
+def test_jupyterlab_leaves_the_keys_to_the_controls() -> None:
+    """Without the mark on the focused element itself its shortcuts swallow the arrow keys."""
+    page = Elements(flipbook(squares(), "abcd").html())
+    controls = [attributes for tag, attributes in page.found if tag in {"input", "button"}]
+    assert len(controls) == 4 and all("data-lm-suppress-shortcuts" in attributes for attributes in controls)
+
+
 def test_same_content_same_bytes() -> None:
     def make(labels: str = "abcd", **options: Any) -> FlipBook:
         return flipbook(squares(), labels, **options)
