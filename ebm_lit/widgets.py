@@ -329,7 +329,7 @@ def flipbook(
     texts = tuple(str(label) for label in labels)
     return FlipBook(pngs, texts, title, alt or title, start % len(pngs), shown, interval)
 
-# %% ../nbs/toolkit/widgets.ipynb #fd8868f8
+# %% ../nbs/toolkit/widgets.ipynb #977f5fda
 class Explorer:
     """Sliders over a pure function that returns a figure; without a kernel its stored output is the last figure."""
 
@@ -343,7 +343,7 @@ class Explorer:
 
         self.figure, self.sliders, self.dpi = figure, dict(sliders), dpi
         self.image = ipywidgets.Image(format="png")
-        self.view = ipywidgets.VBox([*self.sliders.values(), self.image])
+        self.view = ipywidgets.VBox([*self.sliders.values(), self.image], layout={"align_items": "flex-start"})
         for slider in self.sliders.values():
             slider.observe(self.draw, names="value")
         self.draw()
@@ -394,7 +394,7 @@ def langevin_widget(
 
     return Explorer(figure, sliders)
 
-# %% ../nbs/toolkit/widgets.ipynb #9ceb1c54
+# %% ../nbs/toolkit/widgets.ipynb #8491515c
 def _log_slider(value: float, low: float, high: float, description: str) -> Any:
     "A slider on a logarithmic scale that reports when it is let go."
     import ipywidgets
@@ -409,6 +409,7 @@ def _log_slider(value: float, low: float, high: float, description: str) -> Any:
         readout_format=".3g",
         continuous_update=False,
         style={"description_width": "initial"},
+        layout={"width": "400px"},
     )
 
 # %% ../nbs/toolkit/widgets.ipynb #645d589e
