@@ -86,7 +86,7 @@ def _like(x: Tensor, constant: Tensor) -> Tensor:
     "A constant in the dtype and on the device of x; the dtype first, because not every device knows float64."
     return constant.to(x.dtype).to(x.device)
 
-# %% ../nbs/toolkit/data.ipynb #b0063226
+# %% ../nbs/toolkit/data.ipynb #8ffbcb65
 def _draw_mixture(n: int, generator: torch.Generator | None, centres: Tensor, std: float) -> Tensor:
     "Pick one of the K centres with equal chance, add Gaussian noise."
     device = _device(generator)
@@ -101,7 +101,8 @@ def _squares(x: Tensor, centres: Tensor) -> Tensor:
 
 def _log_mixture(x: Tensor, centres: Tensor, std: float) -> Tensor:
     "log (1/K) Σ_k N(x; c_k, s²I)."
-    return torch.logsumexp(-_squares(x, _like(x, centres)) / (2 * std**2), 1) - math.log(len(centres) * 2 * math.pi * std**2)
+    exponents = -_squares(x, _like(x, centres)) / (2 * std**2)
+    return torch.logsumexp(exponents, 1) - math.log(len(centres) * 2 * math.pi * std**2)
 
 # %% ../nbs/toolkit/data.ipynb #f573ae8b
 def _draw_rings(n: int, generator: torch.Generator | None, radii: tuple[float, ...], std: float) -> Tensor:
