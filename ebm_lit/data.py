@@ -394,7 +394,7 @@ def kmnist(
     """
     return _idx_images("KMNIST", split, root, download)
 
-# %% ../nbs/toolkit/data.ipynb #51298594
+# %% ../nbs/toolkit/data.ipynb #a114c15a
 def _read_image(
     path: Path,  # the file
     shape: tuple[int, int, int] | None,  # (C, H, W) or None: as it is
@@ -416,7 +416,7 @@ def _read_image(
             image = image.convert("L" if channels == 1 else "RGB")
             if shape:
                 image = ImageOps.fit(image, (shape[2], shape[1]), Image.Resampling.BILINEAR)
-            return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+            return np.atleast_3d(np.array(image)).transpose(2, 0, 1)
     except Exception as error:
         empty = path.is_file() and path.stat().st_size == 0
         why = "it is empty" if empty else " ".join(str(error).split())[:200]

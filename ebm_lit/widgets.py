@@ -127,7 +127,7 @@ def langevin_figure(
     fig.suptitle(f"{settings}: implied temperature $T$ = {t:.3g}", fontsize=10)
     return fig
 
-# %% ../nbs/toolkit/widgets.ipynb #ee38ce0c
+# %% ../nbs/toolkit/widgets.ipynb #d5ce8902
 _SCRIPT = """
 (function () {
   var book = BOOK;
@@ -175,7 +175,8 @@ _SCRIPT = """
 # data-lm-suppress-shortcuts keeps the keys of a focused control from JupyterLab, whose shortcuts come first otherwise
 _BUTTON = (
     '<button type="button" data-part="{}" data-lm-suppress-shortcuts="true" style="font:inherit;color:inherit;'
-    'background:transparent;border:1px solid currentColor;border-radius:4px;padding:0.1em 0.7em;cursor:pointer"></button>'
+    'background:transparent;border:1px solid currentColor;border-radius:4px;padding:0.1em 0.7em;cursor:pointer">'
+    "</button>"
 )
 _PLAYER = Template(
     """
