@@ -422,7 +422,7 @@ def _read_image(
         why = "it is empty" if empty else " ".join(str(error).split())[:200]
         raise ValueError(f"cannot read {path} as an image: {why}") from None
 
-# %% ../nbs/toolkit/data.ipynb #3e7dd6be
+# %% ../nbs/toolkit/data.ipynb #93c0f3b6
 def read_image(
     path: str | os.PathLike[str],  # one picture
     shape: tuple[int, ...] | None = None,  # (C, H, W) to crop and scale to, C = 1 or 3; None: as it is

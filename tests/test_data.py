@@ -31,6 +31,7 @@ from ebm_lit.data import (
     image_folder,
     kmnist,
     mnist,
+    read_image,
     toy,
 )
 
@@ -492,6 +493,21 @@ def test_deep_grey_and_rotated_photographs(tmp_path: Path) -> None:
     (tmp_path / "photo").mkdir()
     Image.new("RGB", (6, 4)).save(tmp_path / "photo" / "a.jpg", exif=exif)
     assert image_folder(tmp_path / "photo")[0].shape == (1, 3, 6, 4)
+
+
+def test_a_single_picture(folder: Path) -> None:
+    x = read_image(folder / "cat" / "1.png")
+    assert x.shape == (1, 4, 6) and x.dtype == torch.float32
+    torch.testing.assert_close(x, image_folder(folder / "cat")[0][1])
+    assert read_image(str(folder / "cat" / "1.png"), shape=(3, 8, 8)).shape == (3, 8, 8)
+    for path, says in (
+        (folder / "cat" / "9.png", "9.png"),
+        (folder / "cat", "cat"),
+        (folder / "cat" / "1.png", "shape"),
+    ):
+        with pytest.raises(ValueError, match=says) as caught:
+            read_image(path, shape=(2, 8, 8) if says == "shape" else None)
+        one_line(caught.value)
 
 
 def empty_file(folder: Path) -> None:
