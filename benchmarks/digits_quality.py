@@ -1,15 +1,18 @@
 """Quality of the default digits run: train from several seeds, judge 500 samples from uniform noise.
 
     python benchmarks/digits_quality.py                     ten seeds, table on standard output
-    python benchmarks/digits_quality.py --seeds 3 --store   and write benchmarks/results/digits_quality.json
+    python benchmarks/digits_quality.py --store             and write benchmarks/results/digits_quality.json
+    python benchmarks/digits_quality.py --reinit-age 30     the same for chains that restart by age
 
-The judge is a classifier from scikit-learn that never sees a sample; the floor of every number is what 500 held-out
-digits get from the same judge.
+The judge is a classifier from scikit-learn that never sees a sample. The Fréchet distance has two floors, both of 500
+real digits against the other 1,297: the held-out digits of the library's split, in which every class has the same share
+as in the reference (no independent sample is that even), and five random splits, each with a judge of its own, in which
+the shares fluctuate as they do in 500 independent draws.
 """
 
 import argparse
 import json
-import os
+import math
 import platform
 import time
 from pathlib import Path
@@ -23,18 +26,17 @@ from sklearn.neural_network import MLPClassifier
 from ebm_lit import TrainConfig, __version__, digits, generate, train
 from ebm_lit.training import DivergenceError, resolve_device
 
-RESULTS = Path(__file__).resolve().parent / "results" / "digits_quality.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Judge:
-    """An independent classifier: confidence, classes, Fréchet distance in its features, nearest neighbours."""
+    """An independent classifier, fitted to `x`: confidence, classes, Fréchet distance to `x` in its features."""
 
-    def __init__(self) -> None:
-        (x, y), (x_test, y_test) = digits("train"), digits("test")
-        self.x, self.x_test = x.flatten(1).numpy(), x_test.flatten(1).numpy()
-        self.net = MLPClassifier((256, 64), alpha=1e-3, max_iter=300, random_state=0).fit(self.x, y.numpy())
-        self.accuracy = float(self.net.score(self.x_test, y_test.numpy()))
-        self.floor = self.frechet(self.x_test)
+    def __init__(self, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> None:
+        self.x, self.x_test = x, x_test
+        self.net = MLPClassifier((256, 64), alpha=1e-3, max_iter=300, random_state=0).fit(x, y)
+        self.accuracy = float(self.net.score(x_test, y_test))
+        self.floor = self.frechet(x_test)
 
     def features(self, x: np.ndarray) -> np.ndarray:
         """The 64 activations before the classifier's last layer."""
@@ -64,9 +66,28 @@ class Judge:
         }
 
 
-def one_seed(seed: int, judge: Judge, lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """Train with the default configuration and judge chains of several lengths."""
-    config = TrainConfig(seed=seed)
+def judges(n_random: int = 5) -> list[Judge]:
+    """One judge for the library's balanced split, then one for each of `n_random` random splits of the same sizes."""
+    splits = [digits("train"), digits("test")]
+    (x, y), (x_test, y_test) = [(images.flatten(1).numpy(), labels.numpy()) for images, labels in splits]
+    found = [Judge(x, y, x_test, y_test)]
+    x_all, y_all, rng = np.concatenate([x, x_test]), np.concatenate([y, y_test]), np.random.default_rng(0)
+    for _ in range(n_random):
+        order = rng.permutation(len(x_all))
+        a, b = order[: len(x)], order[len(x) :]
+        found.append(Judge(x_all[a], y_all[a], x_all[b], y_all[b]))
+    return found
+
+
+def judged(x: np.ndarray, panel: list[Judge]) -> dict[str, float]:
+    """What the first judge says, and the mean ratio to the random splits' floors."""
+    ratios = [judge.frechet(x) / judge.floor for judge in panel[1:]]
+    return {**panel[0](x), "frechet_over_random_floor": float(np.mean(ratios)) if ratios else math.nan}
+
+
+def one_seed(config: TrainConfig, panel: list[Judge], lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """Train with one configuration and judge chains of several lengths."""
+    seed = config.seed
     began = time.perf_counter()
     try:
         state = train(digits("train")[0].to(device), config, progress=False)
@@ -76,7 +97,7 @@ def one_seed(seed: int, judge: Judge, lengths: tuple[int, ...], device: torch.de
     for n_steps in (config.sample_steps, *lengths):
         generator = torch.Generator(device).manual_seed(1000 + seed)
         x = generate(state, 500, n_steps, generator=generator).x
-        row[str(n_steps)] = judge(x.flatten(1).cpu().numpy())
+        row[str(n_steps)] = judged(x.flatten(1).cpu().numpy(), panel)
     return row
 
 
@@ -84,25 +105,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="how many seeds, from 0 on")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 4000], help="further chain lengths to judge")
+    parser.add_argument("--reinit-age", type=float, help="restart chains by age instead of by one probability")
+    parser.add_argument("--steps", type=int, help="nominal chain length, if not the configuration's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="8×8 images are too small to share among cores")
-    parser.add_argument("--store", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--store", action="store_true", help="write benchmarks/results/digits_quality*.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    judge = Judge()
-    real = judge(judge.x_test)
+    settings = {"reinit_age": args.reinit_age} | ({"sample_steps": args.steps} if args.steps else {})
+    panel = judges()
+    judge, real = panel[0], panel[0](panel[0].x_test)
     print(f"judge: test accuracy {judge.accuracy:.3f}; held-out digits: {real['confident']:.3f} confident,", end=" ")
-    print(f"Fréchet floor {judge.floor:.2f}, nearest training image {real['nearest_median']:.2f} (median)", flush=True)
-    print("| seed | train s | steps | confident | smallest class | Fréchet / floor | nearest (median) |")
-    print("|---|---|---|---|---|---|---|")
+    floors = ", ".join(f"{j.floor:.2f}" for j in panel[1:])
+    print(f"Fréchet floor {judge.floor:.2f}, of random splits {floors};", end=" ")
+    print(f"nearest training image {real['nearest_median']:.2f} (median)", flush=True)
+    print("| seed | train s | steps | confident | smallest class | Fréchet/balanced | Fréchet/random | nearest |")
+    print("|---|---|---|---|---|---|---|---|")
     rows = []
     for seed in range(args.seeds):
-        row = one_seed(seed, judge, tuple(args.lengths), resolve_device(args.device))
+        config = TrainConfig(seed=seed, **settings)
+        row = one_seed(config, panel, tuple(args.lengths), resolve_device(args.device))
         rows.append(row)
         for steps, q in ((k, v) for k, v in row.items() if k.isdigit()):
             print(
                 f"| {seed} | {row['train_seconds']:.0f} | {steps} | {q['confident']:.3f} | {q['smallest_class']:.3f} "
-                f"| {q['frechet_over_floor']:.2f} | {q['nearest_median']:.2f} |",
+                f"| {q['frechet_over_floor']:.2f} | {q['frechet_over_random_floor']:.2f} | {q['nearest_median']:.2f} |",
                 flush=True,
             )
         if "diverged" in row:
@@ -110,10 +137,13 @@ def main() -> None:
     machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "ebm_lit": __version__}
     if args.store:
-        RESULTS.parent.mkdir(exist_ok=True)
-        facts = {"machine": machine, "versions": versions, "device": args.device, "cores": os.cpu_count()}
-        judged = {"accuracy": judge.accuracy, "floor": judge.floor, "held_out": real}
-        RESULTS.write_text(json.dumps({**facts, "judge": judged, "runs": rows}, indent=1) + "\n", encoding="utf-8")
+        RESULTS.mkdir(exist_ok=True)
+        suffix = "" if args.reinit_age is None else f"_reinit_age_{args.reinit_age:g}"
+        facts = {"machine": machine, "versions": versions, "device": args.device, "settings": settings}
+        floors = {"floor": judge.floor, "random_floors": [j.floor for j in panel[1:]]}
+        about = {"accuracy": judge.accuracy, **floors, "held_out": real}
+        text = json.dumps({**facts, "judge": about, "runs": rows}, indent=1) + "\n"
+        (RESULTS / f"digits_quality{suffix}.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ __all__ = ['Start', 'METRICS', 'Callback', 'FORMAT', 'TrainConfig', 'learning_ra
            'train_step', 'DivergenceError', 'check_health', 'train', 'generate', 'CheckpointError', 'write_atomically',
            'save_checkpoint', 'read_checkpoint', 'load_checkpoint']
 
-# %% ../nbs/04_training.ipynb #a90891cd
+# %% ../nbs/04_training.ipynb #f2963e0f
 import dataclasses
 import hashlib
 import json
@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,7 +42,7 @@ from ebm_lit.contrastive_divergence import (
 from .energy import Energy, EnergyCNN, EnergyMLP, evaluate_energy
 from .langevin import Chain, Langevin, NonFiniteError, uniform_init
 
-# %% ../nbs/04_training.ipynb #e4d6cf50
+# %% ../nbs/04_training.ipynb #14a7afbf
 Start = Literal["buffer", "data", "noise"]  # where negatives start: PCD, CD-k, short-run from noise
 
 
@@ -49,7 +50,36 @@ def _require(condition: bool, name: str, expected: str, value: object) -> None:
     if not condition:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
-# %% ../nbs/04_training.ipynb #abfd92e8
+
+def _number(name: str, value: Any, low: float, high: float, open_low: bool = False, open_high: bool = False) -> float:
+    "A finite real number in an interval."
+    expected = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    _require(isinstance(value, Real) and not isinstance(value, bool), name, expected, value)
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    _require(math.isfinite(value) and above and below, name, expected, value)
+    return float(value)
+
+
+def _whole(name: str, value: Any, low: int, high: int = 10**9) -> int:
+    "A whole number in a range."
+    fits = isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
+    _require(fits, name, f"a whole number from {low} to {high}", value)
+    return int(value)
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    "Two finite numbers, the first below the second."
+    fits = isinstance(value, tuple | list) and len(value) == 2
+    _require(fits, name, "(low, high) with low < high", value)
+    low, high = (_number(name, v, -_HUGE, _HUGE) for v in value)
+    _require(low < high, name, "(low, high) with low < high", value)
+    return low, high
+
+
+_HUGE = 1e30  # larger numbers overflow in float32
+
+# %% ../nbs/04_training.ipynb #0ef0cba4
 @dataclass(frozen=True)
 class TrainConfig:
     """Every choice of a training run; the defaults train the embedded 8×8 digits.
@@ -73,9 +103,9 @@ class TrainConfig:
     bounds: tuple[float, float] | None = (-1.0, 1.0)  # box of data and chains
     init_range: tuple[float, float] = (-1.0, 1.0)  # fresh chains start uniformly in here
     buffer_size: int = 1024  # persistent chains
-    reinit_age: float | None = 30.0  # s: a chain of age a starts afresh with probability n_steps/(a + s); None: reinit_prob
-    reinit_prob: float = 0.05  # the same probability for all ages, where reinit_age is none
-    sample_steps: int = 400  # length of the chains that draw samples from noise after training
+    reinit_prob: float = 0.05  # chance that a chain drawn from the buffer starts afresh
+    reinit_age: float | None = None  # s: instead, a chain of age a starts afresh with chance n_steps/(a + s)
+    sample_steps: int = 200  # length of the chains that draw samples from noise after training
     # the objective and the optimiser
     alpha: float = 0.01  # weight of the regulariser α(E₊² + E₋²)
     data_noise: float = 0.03  # standard deviation of the noise added to data
@@ -90,20 +120,10 @@ class TrainConfig:
     max_saturation: float = 0.999  # largest share of the negatives' coordinates that lie on the bounds
 
     def __post_init__(self) -> None:
-        for name in ("n_iterations", "batch_size", "width", "hidden", "n_steps", "buffer_size", "monitor_every"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, name, "a whole number >= 1", value)
-        for name in ("learning_rate", "weight_grad_clip", "max_energy_gap", "max_saturation"):
-            _require(0 < getattr(self, name) < math.inf, name, "a finite number > 0", getattr(self, name))
-        _require(self.reinit_age is None or self.reinit_age > 0, "reinit_age", "a number > 0 or None", self.reinit_age)
-        for name in ("alpha", "data_noise", "warmup", "sample_steps"):
-            _require(0 <= getattr(self, name) < math.inf, name, "a finite number >= 0", getattr(self, name))
-        for name in ("reinit_prob", "beta1", "ema_decay"):
-            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         _require(self.negatives in get_args(Start), "negatives", f"one of {get_args(Start)}", self.negatives)
-        _require(self.init_range[0] < self.init_range[1], "init_range", "(low, high) with low < high", self.init_range)
+        for name, value in _checked(self).items():
+            object.__setattr__(self, name, value)  # plain int, float and tuple, whatever they were before
         _require(self.buffer_size >= self.batch_size, "buffer_size", "at least batch_size", self.buffer_size)
-        _ = self.sampler  # checks the rest
 
     @property
     def sampler(self) -> Langevin:
@@ -123,14 +143,31 @@ class TrainConfig:
         values: Mapping[str, Any],  # names and values, as in a configuration file; missing names keep their defaults
     ) -> "TrainConfig":
         """Settings from plain values; raises `ValueError` for a name that does not exist or a value of another type."""
-        known = {f.name for f in dataclasses.fields(cls)}
+        _require(isinstance(values, Mapping), "the settings", "names and values", values)
+        known = sorted(f.name for f in dataclasses.fields(cls))
         for name in values:
-            _require(name in known, "a setting", f"one of {', '.join(sorted(known))}", name)
-        try:
-            settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            return cls(**settings)
-        except TypeError as error:
-            raise ValueError(f"a setting has a value of the wrong type: {error}") from None
+            _require(name in known, "a setting", f"one of {', '.join(known)}", name)
+        return cls(**values)
+
+# %% ../nbs/04_training.ipynb #738b1db5
+def _checked(c: TrainConfig) -> dict[str, Any]:
+    "Every setting but `negatives`, checked and of its plain type."
+    found: dict[str, Any] = {"seed": _whole("seed", c.seed, 0, 2**63 - 1)}
+    for name in ("n_iterations", "batch_size", "width", "hidden", "n_steps", "buffer_size", "monitor_every"):
+        found[name] = _whole(name, getattr(c, name), 1)
+    for name in ("warmup", "sample_steps"):
+        found[name] = _whole(name, getattr(c, name), 0)
+    for name in ("step_size", "learning_rate", "weight_grad_clip", "max_energy_gap", "max_saturation"):
+        found[name] = _number(name, getattr(c, name), 0, _HUGE, open_low=True)
+    for name in ("noise_scale", "alpha", "data_noise"):
+        found[name] = _number(name, getattr(c, name), 0, _HUGE)
+    for name in ("reinit_prob", "ema_decay", "beta1"):
+        found[name] = _number(name, getattr(c, name), 0, 1, open_high=name == "beta1")
+    for name in ("grad_clip", "reinit_age"):
+        value = getattr(c, name)
+        found[name] = None if value is None else _number(name, value, 0, _HUGE, open_low=True)
+    found["bounds"] = None if c.bounds is None else _pair("bounds", c.bounds)
+    return found | {"init_range": _pair("init_range", c.init_range)}
 
 # %% ../nbs/04_training.ipynb #f4afd053
 def learning_rate(
@@ -167,13 +204,13 @@ class TrainState:
         """What was recorded so far: one tensor (step,) for each name in `METRICS`."""
         return dict(zip(METRICS, self.history[: self.step].unbind(1), strict=True))
 
-# %% ../nbs/04_training.ipynb #3b69237a
+# %% ../nbs/04_training.ipynb #ff23f2a0
 def check_data(
     x_data: Tensor,  # (N, *shape)
     bounds: tuple[float, float] | None = (-1.0, 1.0),  # the box that must hold them
 ) -> None:
     """Raises a one-line `ValueError` unless the data are a non-empty, finite float32 tensor (N, *shape) in the box."""
-    _require(isinstance(x_data, Tensor), "x_data", "a tensor (N, *shape)", type(x_data).__name__)
+    _require(isinstance(x_data, Tensor), "x_data", "a tensor (N, C, H, W) or (N, dim)", type(x_data).__name__)
     _require(x_data.dtype == torch.float32, "x_data", "float32", str(x_data.dtype))
     fits = x_data.ndim in (2, 4) and x_data.numel() > 0
     _require(fits, "x_data", "a non-empty tensor (N, C, H, W) or (N, dim)", tuple(x_data.shape))
@@ -188,13 +225,14 @@ def hash_data(x_data: Tensor) -> str:
     x = x_data.detach().cpu().contiguous()
     return hashlib.sha256(f"{x.dtype}{tuple(x.shape)}".encode() + x.numpy().tobytes()).hexdigest()
 
-# %% ../nbs/04_training.ipynb #0a59af72
+# %% ../nbs/04_training.ipynb #469f4f14
 def resolve_device(
-    name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps", …
+    name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1" or "mps"
 ) -> torch.device:
     """The device to work on: "auto" is CUDA, else MPS, else the CPU. Raises `ValueError` for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    _require(name.split(":")[0] in ("cpu", "cuda", "mps"), "device", "auto, cpu, cuda or mps", name)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -219,13 +257,15 @@ def _fresh(shape: tuple[int, ...], config: TrainConfig, device: torch.device) ->
 def _adam(energy: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.Adam(energy.parameters(), lr=config.learning_rate, betas=(config.beta1, 0.999))
 
-# %% ../nbs/04_training.ipynb #072b72a2
+# %% ../nbs/04_training.ipynb #e64e404d
 def init_state(
     config: TrainConfig,
     x_data: Tensor,  # (N, C, H, W) images or (N, dim) points, float32; the run lives on their device
     energy: nn.Module | None = None,  # a network of your own, (B, *shape) -> (B,)
 ) -> TrainState:
     """A run before its first update. Raises `ValueError` for data that cannot be trained on."""
+    _require(isinstance(config, TrainConfig), "config", "a TrainConfig", type(config).__name__)
+    _require(energy is None or isinstance(energy, nn.Module), "energy", "a torch.nn.Module", type(energy).__name__)
     check_data(x_data, config.bounds)
     shape, device = tuple(x_data.shape[1:]), x_data.device
     energy = (build_energy(config, shape) if energy is None else energy).to(device)
@@ -242,12 +282,12 @@ def init_state(
         data_hash=hash_data(x_data),
     )
 
-# %% ../nbs/04_training.ipynb #6aa9f9e4
+# %% ../nbs/04_training.ipynb #5e934af6
 def draw_data(state: TrainState, x_data: Tensor) -> Tensor:
     """A random batch with a little noise, kept inside the bounds: what the model is asked to make likely."""
     cfg, g = state.config, state.generator
     index = torch.randint(len(x_data), (cfg.batch_size,), generator=g, device=x_data.device)
-    x = x_data[index]
+    x = x_data[index].detach()
     x = x + cfg.data_noise * torch.randn(x.shape, generator=g, device=x.device)
     return x if cfg.bounds is None else x.clamp_(*cfg.bounds)
 
@@ -262,7 +302,7 @@ def draw_negatives(state: TrainState, x_pos: Tensor) -> Tensor:
         return negatives_from_noise(cfg.sampler, energy, cfg.batch_size, init, g)
     return negatives_from_buffer(cfg.sampler, energy, state.buffer, cfg.batch_size, init, cfg.reinit, g)
 
-# %% ../nbs/04_training.ipynb #ee684d81
+# %% ../nbs/04_training.ipynb #f2d1974f
 def unroll(
     network: EnergyCNN,
 ) -> Energy:  # (B, *shape) -> (B,)
@@ -272,10 +312,10 @@ def unroll(
     """
     layers: list[tuple[Tensor, Tensor]] = []
     shape: tuple[int, ...] = network.shape
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for layer in network.net:
             if isinstance(layer, nn.Conv2d):
-                pixels = torch.eye(math.prod(shape), device=layer.weight.device).view(-1, *shape)  # one at a time
+                pixels = torch.eye(math.prod(shape)).to(layer.weight).view(-1, *shape)  # one lit pixel each
                 images = F.conv2d(pixels, layer.weight, None, layer.stride, layer.padding)
                 shape = tuple(images.shape[1:])
                 bias = layer.bias if layer.bias is not None else images.new_zeros(shape[0])
@@ -293,12 +333,14 @@ def unroll(
 
 
 def for_chains(network: nn.Module) -> Energy:
-    """What chains walk on: `unroll(network)` for a CNN of images with at most 256 numbers, else the network itself."""
-    if isinstance(network, EnergyCNN) and math.prod(network.shape) <= 256:
-        return unroll(network)
-    return network
+    """What chains walk on: `unroll(network)` for an `EnergyCNN` of at most 256 numbers, else the network itself."""
+    kinds = (nn.Conv2d, nn.SiLU, nn.Flatten, nn.Linear)
+    if type(network) is not EnergyCNN or math.prod(network.shape) > 256:
+        return network
+    return unroll(network) if all(isinstance(m, kinds) for m in network.net) else network
 
-# %% ../nbs/04_training.ipynb #5993dd17
+# %% ../nbs/04_training.ipynb #a878d816
+@torch.enable_grad()
 def train_step(
     state: TrainState,  # changed in place: one update further
     x_data: Tensor,  # (N, *shape), all training data
@@ -363,7 +405,7 @@ def check_health(
 
 _CALMER = "a smaller learning_rate, more n_steps or a larger alpha"
 
-# %% ../nbs/04_training.ipynb #f1b8cd41
+# %% ../nbs/04_training.ipynb #6f4a4f91
 Callback = Callable[[TrainState], None]
 
 
@@ -375,7 +417,7 @@ def train(
     state: TrainState | None = None,  # continue this run, instead of starting one
     callbacks: Sequence[Callback] = (),  # called with the state every `callback_every` iterations and at the end
     callback_every: int = 100,
-    checkpoint: str | Path | None = None,  # file that is rewritten every `checkpoint_every` iterations and at the end
+    checkpoint: str | Path | None = None,  # a file: written first, every `checkpoint_every` iterations, last
     checkpoint_every: int = 500,
     stop: Callable[[], bool] = lambda: False,  # asked between iterations; True ends the run early, in good order
     progress: bool = True,  # show a progress bar if there is a terminal or a notebook
@@ -385,11 +427,15 @@ def train(
     Raises `ValueError` for unusable data or a `state` that belongs to other data, `DivergenceError` when the monitor
     trips (the last checkpoint on disk stays as it was), and `CheckpointError` when a checkpoint cannot be written.
     """
+    _whole("callback_every", callback_every, 1)
+    _whole("checkpoint_every", checkpoint_every, 1)
     if state is None:
         state = init_state(config or TrainConfig(), x_data, energy)
     else:
         _check_continuation(state, x_data, config, energy)
     cfg, looked = state.config, state.step
+    if checkpoint is not None and state.step == 0:
+        save_checkpoint(state, checkpoint)  # an unwritable place is found out now, not after hours
     with tqdm(total=cfg.n_iterations, initial=state.step, disable=None if progress else True) as bar:
         while state.step < cfg.n_iterations:
             _one_iteration(state, x_data)
@@ -408,7 +454,7 @@ def train(
                 break
     return state
 
-# %% ../nbs/04_training.ipynb #8e058025
+# %% ../nbs/04_training.ipynb #109e755b
 def _one_iteration(state: TrainState, x_data: Tensor) -> None:
     "`train_step`, with a chain that breaks reported as a divergence of the run."
     try:
@@ -417,7 +463,9 @@ def _one_iteration(state: TrainState, x_data: Tensor) -> None:
         raise DivergenceError("non-finite negatives", state.step, str(error), _CALMER) from error
 
 
-def _check_continuation(state: TrainState, x_data: Tensor, config: TrainConfig | None, energy: nn.Module | None) -> None:
+def _check_continuation(
+    state: TrainState, x_data: Tensor, config: TrainConfig | None, energy: nn.Module | None
+) -> None:
     "A run goes on with its own data and settings."
     if energy is not None or (config is not None and config != state.config):
         raise ValueError("state already fixes config and energy: leave them out to continue a run")
@@ -426,7 +474,7 @@ def _check_continuation(state: TrainState, x_data: Tensor, config: TrainConfig |
     if x_data.device.type != state.history.device.type:
         raise ValueError(f"x_data is on {x_data.device}, the run on {state.history.device}; they must be on one device")
 
-# %% ../nbs/04_training.ipynb #1d4b1c0d
+# %% ../nbs/04_training.ipynb #08328960
 def generate(
     state: TrainState,
     n: int,  # how many samples
@@ -437,6 +485,7 @@ def generate(
 ) -> Chain:
     """Chains of the averaged network that start from uniform noise; `.x` holds the samples (n, *shape)."""
     cfg = state.config
+    _whole("n", n, 1)
     x_init = _fresh(state.shape, cfg, state.history.device)(n, generator)
     steps = cfg.sample_steps if n_steps is None else n_steps
     energy = for_chains(state.ema.module)
@@ -463,7 +512,11 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     named |= {"buffer.samples": state.buffer.samples, "buffer.ages": state.buffer.ages}
     return named | {"history": state.history, "generator": state.generator.get_state()}
 
-# %% ../nbs/04_training.ipynb #38b01de7
+# %% ../nbs/04_training.ipynb #6d00087b
+def _is_channels_last(p: Tensor) -> bool:
+    return p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last)
+
+
 def _header(state: TrainState) -> dict[str, Any]:
     "The JSON part of a checkpoint."
     return {
@@ -474,7 +527,8 @@ def _header(state: TrainState) -> dict[str, Any]:
         "device": state.history.device.type,
         "data_hash": state.data_hash,
         "step": state.step,
-        "channels_last": any(not p.is_contiguous() for p in state.energy.parameters()),
+        "channels_last": sorted(k for k, p in state.energy.named_parameters() if _is_channels_last(p)),
+        "moments": sorted(state.optimizer.state_dict()["state"]),
     }
 
 
@@ -506,7 +560,19 @@ def save_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{path}: cannot write the checkpoint: {error.strerror or error}") from error
 
-# %% ../nbs/04_training.ipynb #ec4481ba
+# %% ../nbs/04_training.ipynb #a9721a5b
+_UNREADABLE = (
+    SafetensorError,
+    OSError,
+    ArithmeticError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+)  # all that a file of nonsense can lead to
+
+
 @contextmanager
 def _as_checkpoint_error(path: str | Path) -> Iterator[None]:
     try:
@@ -515,8 +581,9 @@ def _as_checkpoint_error(path: str | Path) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of ebm_lit: {str(error).splitlines()[0][:200]}") from None
+    except _UNREADABLE as error:
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: not a checkpoint of ebm_lit: {why}") from None
 
 
 def read_checkpoint(
@@ -526,9 +593,9 @@ def read_checkpoint(
     with _as_checkpoint_error(path), safe_open(str(path), framework="pt") as file:
         header = json.loads((file.metadata() or {})["ebm_lit"])
         _require(isinstance(header, dict) and header.get("format") == FORMAT, "format", FORMAT, header)
-        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return header, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
-# %% ../nbs/04_training.ipynb #91f11315
+# %% ../nbs/04_training.ipynb #7e50ff6a
 def load_checkpoint(
     path: str | Path,
     device: torch.device | str = "cpu",  # where the run shall live
@@ -539,22 +606,26 @@ def load_checkpoint(
     Raises `CheckpointError` for a file that is truncated, foreign, or of another architecture.
     """
     header, saved = read_checkpoint(path)
+    inside = torch.empty(0, device=device)  # a device that is not there is no fault of the file
     with _as_checkpoint_error(path):
         config, shape = TrainConfig.from_dict(header["config"]), tuple(header["shape"])
         if energy is None:
             energy = build_energy(config, shape)
         _require(type(energy).__name__ == header["network"], "energy", f"a {header['network']}", type(energy).__name__)
-        state = init_state(config, torch.zeros(1, *shape, device=device), energy)
+        some = inside.new_full((1, *shape), config.bounds[0] if config.bounds else 0.0)
+        state = init_state(config, some, energy)
         state.step, state.data_hash = header["step"], header["data_hash"]
-        _require(isinstance(state.step, int) and 0 <= state.step <= config.n_iterations, "step", "in range", state.step)
+        _require(isinstance(state.data_hash, str), "data_hash", "a string", state.data_hash)
+        _require(type(state.step) is int and 0 <= state.step <= config.n_iterations, "step", "in range", state.step)
         _fill(state, saved, header)
     return state
 
-# %% ../nbs/04_training.ipynb #3beaf09b
-def _expected(state: TrainState) -> dict[str, tuple[torch.dtype, torch.Size]]:
+# %% ../nbs/04_training.ipynb #378c6525
+def _expected(state: TrainState, moments: Sequence[int]) -> dict[str, tuple[torch.dtype, torch.Size]]:
     "Type and shape of every tensor that a checkpoint of this run must hold, and no others."
     expected = {k: (v.dtype, v.shape) for k, v in _tensors(state).items() if k != "generator"}
-    for i, p in enumerate(state.energy.parameters() if state.step else ()):
+    parameters = list(state.energy.parameters())
+    for i, p in ((i, parameters[i]) for i in moments):
         expected[f"optimizer.{i}.step"] = (torch.float32, torch.Size(()))
         expected |= {f"optimizer.{i}.{key}": (p.dtype, p.shape) for key in ("exp_avg", "exp_avg_sq")}
     return expected
@@ -562,17 +633,19 @@ def _expected(state: TrainState) -> dict[str, tuple[torch.dtype, torch.Size]]:
 
 def _fill(state: TrainState, saved: dict[str, Tensor], header: dict[str, Any]) -> None:
     "Copy checked tensors into a state of the right architecture."
-    expected, generator = _expected(state), saved.pop("generator")
+    expected, generator = _expected(state, header["moments"]), saved.pop("generator")
     if saved.keys() != expected.keys():
         name = sorted(saved.keys() ^ expected.keys())[0]
         raise ValueError(f"tensor {name!r} is {'missing' if name in expected else 'not expected'}")
     for name, (dtype, shape) in expected.items():
         fits = saved[name].dtype == dtype and saved[name].shape == shape
         _require(fits, f"tensor {name!r}", f"{dtype} {tuple(shape)}", f"{saved[name].dtype} {tuple(saved[name].shape)}")
-    if header["channels_last"]:
-        saved |= {k: v.contiguous(memory_format=torch.channels_last) for k, v in saved.items() if v.ndim == 4}
-        state.energy.to(memory_format=torch.channels_last)
-        state.ema.to(memory_format=torch.channels_last)
+        finite = torch.isfinite(saved[name]).all() if name.startswith(("energy.", "ema.")) else True
+        _require(bool(finite), f"tensor {name!r}", "finite", "NaN or infinite values")
+    for network in (state.energy, state.ema.module):
+        for name in header["channels_last"]:
+            p = network.get_parameter(name)
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
     state.energy.load_state_dict(_under("energy.", saved))
     state.ema.load_state_dict(_under("ema.", saved))
     _restore_optimizer(state, _under("optimizer.", saved))
@@ -591,8 +664,11 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _restore_optimizer(state: TrainState, tensors: dict[str, Tensor]) -> None:
     entries: dict[int, dict[str, Tensor]] = {}
+    parameters = list(state.energy.parameters())
     for name, tensor in tensors.items():
         index, key = name.split(".")
-        entries.setdefault(int(index), {})[key] = tensor
+        p = parameters[int(index)]
+        moment = torch.empty_like(p).copy_(tensor) if tensor.shape == p.shape and key != "step" else tensor
+        entries.setdefault(int(index), {})[key] = moment.detach()
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": entries, "param_groups": groups})

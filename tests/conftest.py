@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -7,6 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# The tests' problems are too small to share among cores: one thread is as fast on an idle machine and far faster on a
+# busy one. Kernels and commands that tests start inherit the variable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 ROOT = Path(__file__).resolve().parent.parent
 

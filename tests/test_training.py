@@ -4,12 +4,15 @@ import dataclasses
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ebm_lit import training
 from ebm_lit.data import digits
+from ebm_lit.energy import EnergyCNN, energy_and_grad
+from ebm_lit.langevin import Langevin, uniform_init
 from ebm_lit.training import (
     METRICS,
     CheckpointError,
@@ -97,6 +100,90 @@ def test_one_update_is_adam_on_the_clipped_cd_gradient(x):
         torch.testing.assert_close(p, moved, rtol=1e-3, atol=1e-5)
 
 
+def test_learning_rate_reaches_the_optimiser(x):
+    state = init_state(TINY, x)
+    for step in range(3):
+        train_step(state, x)
+        assert state.optimizer.param_groups[0]["lr"] == learning_rate(TINY, step)
+    assert learning_rate(TINY, 0) != learning_rate(TINY, 2)
+
+
+def test_data_are_noised_and_kept_in_the_box(x):
+    state = init_state(dataclasses.replace(TINY, batch_size=64, data_noise=0.2), x)
+    batch = training.draw_data(state, x)
+    assert batch.abs().max() <= 1
+    grey = batch[(batch.abs() < 1)] * 8  # clean digits have 17 grey values only
+    assert (grey - grey.round()).abs().mean() > 0.1
+    clean = training.draw_data(init_state(dataclasses.replace(TINY, data_noise=0.0), x), x)
+    assert (torch.cdist(clean.flatten(1), x.flatten(1)).min(1).values == 0).all()
+
+
+@pytest.mark.parametrize("start", ["buffer", "data", "noise"])
+def test_negatives_start_where_they_should(x, start, monkeypatch):
+    state = init_state(dataclasses.replace(TINY, negatives=start, reinit_prob=0.0), x)
+    starts = []
+    sample = Langevin.sample
+
+    def spy(self: Langevin, energy: nn.Module, x_init: Tensor, **settings: object) -> Tensor:
+        starts.append(x_init.clone())
+        return sample(self, energy, x_init, **settings)
+
+    monkeypatch.setattr(Langevin, "sample", spy)
+    before, x_pos = state.buffer.samples.clone(), training.draw_data(state, x)
+    training.draw_negatives(state, x_pos)
+    stored = (starts[0][:, None] == before[None]).flatten(2).all(2).any(1)
+    assert torch.equal(starts[0], x_pos) == (start == "data")
+    assert bool(stored.all()) == (start == "buffer")
+    assert state.buffer.ages.sum() == (16 * 3 if start == "buffer" else 0)
+
+
+@pytest.mark.parametrize(("age", "prob", "fresh"), [(None, 0.0, 0), (None, 1.0, 16), (1e-6, 0.0, 16), (1e9, 1.0, 0)])
+def test_chains_restart_as_configured(x, age, prob, fresh):
+    state = init_state(dataclasses.replace(TINY, reinit_age=age, reinit_prob=prob), x)
+    state.buffer.ages += 2
+    training.draw_negatives(state, x[:16])
+    assert int((state.buffer.ages == 3).sum()) == fresh  # 3 steps old: started afresh
+    assert int((state.buffer.ages == 5).sum()) == 16 - fresh
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 9), (1, 16, 16)])
+def test_unrolled_network_is_the_same_function(shape):
+    g = torch.Generator().manual_seed(0)
+    network, probe = EnergyCNN(shape, 8, 16, generator=g).double(), uniform_init(5, shape, generator=g).double()
+    fast = training.unroll(network)
+    for a, b in zip(energy_and_grad(network, probe), energy_and_grad(fast, probe), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_only_plain_small_networks_are_unrolled():
+    class Confined(EnergyCNN):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x.flatten(1).square().sum(1)
+
+    other = EnergyCNN((1, 8, 8))
+    other.net[1] = nn.Softplus()
+    for network in (Confined((1, 8, 8)), other, EnergyCNN((1, 28, 28))):
+        assert training.for_chains(network) is network
+    assert training.for_chains(EnergyCNN((1, 8, 8))) is not None
+
+
+def test_samples_come_from_the_average_and_work_in_inference_mode(x):
+    state = train(x, dataclasses.replace(TINY, ema_decay=0.5, learning_rate=0.1), progress=False)
+    g = torch.Generator()
+    ours = generate(state, 4, generator=g.manual_seed(1)).x
+    start = uniform_init(4, (1, 8, 8), generator=g.manual_seed(1))
+    networks = (state.ema.module, state.energy)
+    average, last = (TINY.sampler.sample(training.unroll(net), start, n_steps=5, generator=g) for net in networks)
+    assert ours.shape == average.shape and not torch.equal(average, last)
+    g.manual_seed(1)
+    start = uniform_init(4, (1, 8, 8), generator=g)
+    assert torch.equal(ours, TINY.sampler.sample(training.unroll(state.ema.module), start, n_steps=5, generator=g))
+    with torch.inference_mode():
+        assert torch.equal(ours, generate(state, 4, generator=g.manual_seed(1)).x)
+    with pytest.raises(ValueError, match="n must be"):
+        generate(state, 0)
+
+
 def test_schedule_by_hand():
     config = TrainConfig(n_iterations=110, warmup=10, learning_rate=1.0)
     assert [learning_rate(config, s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
@@ -166,14 +253,27 @@ def test_monitor_sees_saturation(x):
         check_health(state)
 
 
-def test_diverging_run_stops_and_keeps_the_last_checkpoint(x, tmp_path):
+def test_diverging_run_stops_and_keeps_the_last_good_checkpoint(x, tmp_path):
+    """Saved every iteration, looked at every ten: no bad state may reach the file."""
     path = tmp_path / "c.safetensors"
-    good = train(x, TINY, progress=False, checkpoint=path)
-    before = path.read_bytes()
     wild = dataclasses.replace(TINY, n_iterations=400, learning_rate=1.0, alpha=0.0, monitor_every=10)
-    with pytest.raises(DivergenceError):
-        train(x, wild, progress=False, checkpoint=path, checkpoint_every=1000)
-    assert path.read_bytes() == before and same(load_checkpoint(path), good)
+    with pytest.raises(DivergenceError) as caught:
+        train(x, wild, progress=False, checkpoint=path, checkpoint_every=1)
+    kept = load_checkpoint(path)
+    assert 0 < kept.step <= caught.value.step
+    check_health(kept)
+
+
+def test_checkpoints_appear_at_the_start_and_on_the_way(x, tmp_path):
+    path = tmp_path / "c.safetensors"
+    found = []
+    train(x, TINY, progress=False, checkpoint=path, checkpoint_every=3, callback_every=1, callbacks=[
+        lambda s: found.append(load_checkpoint(path).step)
+    ])  # fmt: skip
+    assert found == [0, 0, 3, 3, 3, 6, 6, 6, 9, 10]
+    with pytest.raises(CheckpointError, match="cannot write"):  # at once, not at the first saving
+        train(x, TINY, progress=False, checkpoint=tmp_path / "missing" / "c", callbacks=[lambda s: found.append(-1)])
+    assert -1 not in found
 
 
 def test_broken_chains_are_a_named_divergence(x):
@@ -222,6 +322,39 @@ def test_memory_format_survives(x, tmp_path):
     again = [p.is_contiguous(memory_format=torch.channels_last) for p in loaded.energy.parameters() if p.ndim == 4]
     assert formats == again
     assert same(state, loaded)
+
+
+def test_a_loaded_run_does_not_live_in_the_file(x, tmp_path):
+    """Overwriting the file in place must not change, or crash, the run that was loaded from it."""
+    path = tmp_path / "c.safetensors"
+    straight = train(x, TINY, progress=False)
+    train(x, TINY, progress=False, checkpoint=path, stop=stop_after(4))
+    loaded = load_checkpoint(path)
+    with path.open("r+b") as file:
+        file.write(b"\x00" * 64)
+        file.truncate(64)
+    assert same(straight, train(x, state=loaded, progress=False))
+
+
+def test_networks_of_your_own_round_trip(x, tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            g = torch.Generator().manual_seed(0)
+            self.w = nn.Parameter(torch.randn(64, 5, generator=g).t())  # not contiguous
+            self.unused = nn.Parameter(torch.zeros(3))
+            self.fixed = nn.Parameter(torch.ones(2), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.flatten(1) @ self.w.t()).square().sum(-1) * self.fixed[0]
+
+    config = dataclasses.replace(TINY, bounds=(0.25, 1.0), init_range=(0.25, 1.0), step_size=1e-3)
+    inside, path = x.clamp(min=0.25), tmp_path / "c.safetensors"
+    straight = train(inside, config, energy=Own(), progress=False)
+    train(inside, config, energy=Own(), progress=False, checkpoint=path, stop=stop_after(4))
+    assert same(straight, train(inside, state=load_checkpoint(path, energy=Own()), progress=False))
+    with pytest.raises(CheckpointError, match="must be a Own"):
+        load_checkpoint(path)
 
 
 def test_loaded_tensors_are_plain_data(x, tmp_path):
@@ -349,6 +482,18 @@ def test_unusable_data(bad, expected):
         ("learning_rate", float("nan")),
         ("buffer_size", 8),
         ("negatives", "pcd"),
+        ("noise_scale", None),
+        ("sample_steps", 2.5),
+        ("beta1", 1.0),
+        ("seed", -1),
+        ("seed", "x"),
+        ("step_size", "2"),
+        ("step_size", True),
+        ("bounds", "ab"),
+        ("bounds", (-1.0, 1.0, 2.0)),
+        ("init_range", [-1]),
+        ("init_range", (0.0, float("inf"))),
+        ("learning_rate", 1e300),
     ],
 )
 def test_unusable_settings_are_named(name, value):
@@ -361,16 +506,21 @@ def test_settings_from_plain_values():
     assert TrainConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(TINY)))) == TINY
     with pytest.raises(ValueError, match="setting must be one of"):
         TrainConfig.from_dict({"n_step": 3})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="learning_rate must be a number"):
         TrainConfig.from_dict({"learning_rate": "fast"})
+    with pytest.raises(ValueError, match="the settings must be names and values"):
+        TrainConfig.from_dict(3)  # type: ignore[arg-type]
+    plain = TrainConfig(learning_rate=np.float32(0.5), bounds=[-1, 1], width=np.int64(4))
+    assert json.loads(json.dumps(dataclasses.asdict(plain)))["learning_rate"] == 0.5 and plain.bounds == (-1.0, 1.0)
 
 
 def test_devices():
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("auto").type in {"cpu", "cuda", "mps"}
-    for name in ("abacus", "cuda:99"):
-        with pytest.raises(ValueError, match="not available here"):
-            resolve_device(name)
+    with pytest.raises(ValueError, match=r"cuda:99.* not available here"):
+        resolve_device("cuda:99")
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or mps"):
+        resolve_device("abacus")
 
 
 @pytest.mark.cuda
