@@ -191,16 +191,13 @@ def load_data(
         raise ValueError(f"data must be {', '.join(DATASETS)} or a folder of images, got {name!r}")
     return image_folder(name, None if shape is None else (shape[0], shape[1], shape[2]))[0]
 
-# %% ../nbs/toolkit/cli.ipynb #1837088a
+# %% ../nbs/toolkit/cli.ipynb #64bd4f7c
 def grid_png(x: Tensor, n_cols: int | None = None) -> bytes:
     """Images (N, C, H, W) as one PNG; needs no display."""
-    from matplotlib.figure import Figure
+    from ebm_lit.plotting import canvas, image_grid, to_png
 
-    from ebm_lit.plotting import image_grid, to_png
-
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    image_grid(x.cpu(), n_cols=n_cols or math.ceil(math.sqrt(len(x))), ax=figure.add_subplot())
-    return to_png(figure, dpi=120)
+    ax = image_grid(x.cpu(), n_cols=n_cols or math.ceil(math.sqrt(len(x))), ax=canvas(6, 6))
+    return to_png(ax.figure, dpi=120)
 
 
 def history_csv(state: TrainState) -> bytes:
@@ -391,19 +388,17 @@ def sample_command(checkpoint: Path, n: int, steps: int | None, seed: int, out: 
         click.echo(str(folder / file))
     click.echo(str(folder / "samples.safetensors"))
 
-# %% ../nbs/toolkit/cli.ipynb #1058c52f
+# %% ../nbs/toolkit/cli.ipynb #2088949a
 def _pictures(state: TrainState, x: Tensor, frames: Tensor | None, steps: Tensor | None) -> Iterator[tuple[str, bytes]]:
     "The grid and the filmstrip, for images."
-    from matplotlib.figure import Figure
-
-    from ebm_lit.plotting import filmstrip, to_png
+    from ebm_lit.plotting import canvas, filmstrip, to_png
 
     if len(state.shape) == 3 and frames is not None and steps is not None:
         yield "samples.png", grid_png(x)
         strip = frames[:, :8].cpu()
-        figure = Figure(figsize=(len(strip) * 0.8, min(8, strip.shape[1]) * 0.8 + 0.4), layout="constrained")
-        filmstrip(strip, labels=[str(int(s)) for s in steps], ax=figure.add_subplot())
-        yield "filmstrip.png", to_png(figure, dpi=120)
+        page = canvas(len(strip) * 0.8, strip.shape[1] * 0.8 + 0.3)
+        ax = filmstrip(strip, labels=[str(int(s)) for s in steps], ax=page)
+        yield "filmstrip.png", to_png(ax.figure, dpi=120)
 
 # %% ../nbs/toolkit/cli.ipynb #1df85b09
 @main.command("energy")
