@@ -28,7 +28,7 @@ def langevin_step(
     """One Langevin step, x − η∇E(x) + σ·noise."""
     return x - step_size * grad + noise_scale * noise
 
-# %% ../nbs/02_langevin.ipynb #0727e0f9
+# %% ../nbs/02_langevin.ipynb #2c81f929
 def uniform_init(
     n: int,  # number of chains
     shape: Sequence[int],  # shape of one example
@@ -38,20 +38,22 @@ def uniform_init(
 ) -> Tensor:  # (n, *shape)
     """The usual start of a chain, x⁰ ~ U(low, high) in every coordinate.
 
-    Raises `ValueError` unless low < high.
+    Raises `ValueError` unless low < high, both finite.
     """
     low, high = bounds
-    if not low < high:
+    if not -math.inf < low < high < math.inf:
         raise ValueError(f"bounds must be (low, high) with low < high, got {bounds}")
     device = device or (generator.device if generator is not None else "cpu")
     return low + (high - low) * torch.rand((n, *shape), generator=generator, device=device)
 
-# %% ../nbs/02_langevin.ipynb #c81ff849
+# %% ../nbs/02_langevin.ipynb #faeae691
 def noise_scale_for(
     step_size: float,  # η
     temperature: float,  # T
 ) -> float:  # σ
-    """The noise that belongs to a temperature: σ = √(2ηT)."""
+    """The noise that belongs to a temperature: σ = √(2ηT). Raises `ValueError` unless η > 0 and T >= 0."""
+    if not (step_size > 0 and temperature >= 0):
+        raise ValueError(f"expected step_size > 0 and temperature >= 0, got {step_size} and {temperature}")
     return math.sqrt(2 * step_size * temperature)
 
 
@@ -59,10 +61,12 @@ def implied_temperature(
     step_size: float,  # η
     noise_scale: float,  # σ
 ) -> float:  # T
-    """The temperature that a pair (η, σ) implies: T = σ²/(2η)."""
+    """The temperature that a pair (η, σ) implies: T = σ²/(2η). Raises `ValueError` unless η > 0."""
+    if not step_size > 0:
+        raise ValueError(f"step_size must be > 0, got {step_size}")
     return noise_scale**2 / (2 * step_size)
 
-# %% ../nbs/02_langevin.ipynb #acce85e0
+# %% ../nbs/02_langevin.ipynb #03065b9b
 def quadratic_law(
     curvature: float,  # k of E(x) = k x²/2
     step_size: float,  # η > 0
@@ -73,8 +77,9 @@ def quadratic_law(
 ) -> tuple[float, float]:  # mean and variance of the chain, per coordinate
     """Exact law of the discrete chain on E(x) = k x²/2: x ← (1 − ηk) x + √(2ηT) ω keeps a Gaussian Gaussian.
 
-    Raises `ValueError` for the stationary law outside 0 < ηk < 2, where the chain has none.
+    Raises `ValueError` for the stationary law outside 0 < ηk < 2, where the chain has none, and unless η > 0, T >= 0.
     """
+    noise_scale_for(step_size, temperature)  # checks both
     a = 1 - step_size * curvature
     if n_steps is None:
         if not abs(a) < 1:
