@@ -17,7 +17,7 @@ from torch import Tensor
 from .energy import Energy
 from .langevin import Langevin
 
-# %% ../nbs/03_contrastive_divergence.ipynb #9a7c3e43
+# %% ../nbs/03_contrastive_divergence.ipynb #1bac98d7
 class CDLoss(NamedTuple):
     """The parts of one contrastive-divergence loss, each a scalar tensor."""
 
@@ -33,20 +33,24 @@ def cd_loss(
 ) -> CDLoss:
     """The loss whose parameter gradient estimates E_data[∇E] − E_model[∇E], plus α(E₊² + E₋²).
 
-    With α > 0 it is bounded below by −1/(2α). Raises `ValueError` for energies that are not 1-D or empty, and for α < 0.
+    With α > 0 it is bounded below by −1/(2α). Raises `ValueError` for energies that are not 1-D or are empty, and
+    for α < 0.
     Source: Hinton 2002 (contrastive divergence); Du & Mordatch 2019, Algorithm 1 (regulariser).
     """
     if e_pos.ndim != 1 or e_neg.ndim != 1 or not (len(e_pos) and len(e_neg)):
         shapes = f"{tuple(e_pos.shape)} and {tuple(e_neg.shape)}"
-        raise ValueError(f"e_pos and e_neg must have shapes (B,) and (M,) with B, M >= 1, got {shapes}")
+        raise ValueError(
+            f"e_pos and e_neg must have shapes (B,) and (M,) with B, M >= 1, got {shapes}"
+        )
     if not alpha >= 0:
         raise ValueError(f"alpha must be >= 0, got {alpha}")
     gap = e_pos.mean() - e_neg.mean()
     regulariser = alpha * (e_pos.square().mean() + e_neg.square().mean())
     return CDLoss(gap + regulariser, gap, regulariser)
 
-# %% ../nbs/03_contrastive_divergence.ipynb #76bdb24e
-Init = Callable[[int, torch.Generator | None], Tensor]  # (n, generator) -> (n, *shape): where fresh chains start
+# %% ../nbs/03_contrastive_divergence.ipynb #d30f1b55
+# Where fresh chains start: (n, generator) -> (n, *shape)
+Init = Callable[[int, torch.Generator | None], Tensor]
 
 
 def negatives_from_data(
@@ -77,7 +81,7 @@ def negatives_from_noise(
     """
     return sampler.sample(energy, init(n, generator), generator=generator)
 
-# %% ../nbs/03_contrastive_divergence.ipynb #024393bf
+# %% ../nbs/03_contrastive_divergence.ipynb #4c4ff116
 Reinit = float | Callable[[Tensor], Tensor]  # a probability, or ages (n,) -> probabilities (n,)
 
 
@@ -131,7 +135,9 @@ class ReplayBuffer:
         returns another shape than the buffer's.
         """
         if not 1 <= n <= len(self.samples):
-            raise ValueError(f"n must lie between 1 and the buffer's size {len(self.samples)}, got {n}")
+            raise ValueError(
+                f"n must lie between 1 and the buffer's size {len(self.samples)}, got {n}"
+            )
         if not callable(reinit_prob) and not 0 <= reinit_prob <= 1:
             raise ValueError(f"reinit_prob must lie in [0, 1], got {reinit_prob}")
         device = self.samples.device
@@ -140,7 +146,9 @@ class ReplayBuffer:
         fresh = torch.rand(n, generator=generator, device=device) < p
         start, kept = init(n, generator), self.samples[slots]
         if start.shape != kept.shape:
-            raise ValueError(f"init must return chains of shape {tuple(kept.shape)}, got {tuple(start.shape)}")
+            raise ValueError(
+                f"init must return chains of shape {tuple(kept.shape)}, got {tuple(start.shape)}"
+            )
         x = torch.where(fresh.view((n,) + (1,) * (kept.ndim - 1)), start, kept)
         return Draw(slots, x, self.ages[slots].masked_fill(fresh, 0))
 
@@ -152,11 +160,13 @@ class ReplayBuffer:
     ) -> None:
         """Write states back where they were read and let them age; raises `ValueError` for another shape."""
         if x.shape != draw.x.shape:
-            raise ValueError(f"x must have the shape {tuple(draw.x.shape)} of what was drawn, got {tuple(x.shape)}")
+            raise ValueError(
+                f"x must have the shape {tuple(draw.x.shape)} of what was drawn, got {tuple(x.shape)}"
+            )
         self.samples[draw.slots] = x.detach()
         self.ages[draw.slots] = draw.ages + n_steps
 
-# %% ../nbs/03_contrastive_divergence.ipynb #57cf1481
+# %% ../nbs/03_contrastive_divergence.ipynb #9f90d42c
 def negatives_from_buffer(
     sampler: Langevin,  # its `n_steps` is how far the chains move on
     energy: Energy,  # callable (B, *shape) -> (B,)
@@ -168,8 +178,8 @@ def negatives_from_buffer(
 ) -> Tensor:  # (n, *shape), detached
     """PCD: chains that persist in a buffer.
 
-    Raises what `ReplayBuffer.draw` and `Langevin.run` raise; the buffer is then as it was. Source: Younes 1989; Tieleman
-    2008, "Training restricted Boltzmann machines using approximations to the likelihood gradient".
+    Raises what `ReplayBuffer.draw` and `Langevin.run` raise; the buffer is then as it was. Source: Younes 1989;
+    Tieleman 2008, "Training restricted Boltzmann machines using approximations to the likelihood gradient".
     """
     draw = buffer.draw(n, init, reinit_prob, generator)
     x = sampler.sample(energy, draw.x, generator=generator)
