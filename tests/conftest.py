@@ -42,13 +42,13 @@ def make_generator() -> Callable[..., torch.Generator]:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def root() -> Path:
     """The top folder of the checkout."""
     return ROOT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def copy_tree() -> Callable[[Path], Path]:
     """A function that copies what git tracks, and what it would track, to a new folder."""
 

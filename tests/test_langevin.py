@@ -741,7 +741,7 @@ def test_errors_on_cuda(make_generator: Factory) -> None:
         Langevin(3.0, 500).sample(spring, torch.ones(2, 1, device="cuda"), generator=make_generator(0, "cuda"))
 
 
-def test_helpers_refuse_what_has_no_meaning():
+def test_small_functions_refuse_what_has_no_meaning():
     for call in (
         lambda: noise_scale_for(0.1, -1.0),
         lambda: noise_scale_for(0.0, 1.0),
