@@ -28,7 +28,7 @@ setup(
     packages=[cfg["lib_name"]],
     package_data={cfg["lib_name"]: ["py.typed"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split("\n")},
     zip_safe=False,
     classifiers=[

@@ -11,6 +11,7 @@ import math
 import os
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -395,50 +396,74 @@ def kmnist(
     return _idx_images("KMNIST", split, root, download)
 
 # %% ../nbs/toolkit/data.ipynb #a114c15a
+_KINDS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what is read; EPS, for one, would start a program
+
+
 def _read_image(
     path: Path,  # the file
     shape: tuple[int, int, int] | None,  # (C, H, W) or None: as it is
 ) -> np.ndarray:
     "One picture as uint8 (C, H, W); whatever is wrong becomes a one-line ValueError that names the file."
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("I", "F"):
-                raise ValueError(f"pixels of mode {image.mode} have no fixed range; save it with 8 bits a channel")
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # lay it on white
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            channels = shape[0] if shape else (1 if image.mode in ("1", "L") else 3)
-            image = image.convert("L" if channels == 1 else "RGB")
-            if shape:
-                image = ImageOps.fit(image, (shape[2], shape[1]), Image.Resampling.BILINEAR)
-            return np.atleast_3d(np.array(image)).transpose(2, 0, 1)
+        if path.exists() and not path.is_file():
+            raise ValueError("it is a folder" if path.is_dir() else "it is a pipe or a device")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's limit on pixels becomes a law
+            with Image.open(path, formats=_KINDS) as image:
+                return _to_array(image, shape)
     except Exception as error:
         empty = path.is_file() and path.stat().st_size == 0
-        why = "it is empty" if empty else " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot read {path} as an image: {why}") from None
+        why = "it is empty" if empty else f"{getattr(error, 'strerror', None) or error}" or type(error).__name__
+        what = f"cannot read {path} as an image: {' '.join(why.split())[:200]}"
+        raise ValueError("".join(c if c.isprintable() else "?" for c in what)) from None
+
+
+def _to_array(image: Any, shape: tuple[int, int, int] | None) -> np.ndarray:
+    "The pixels of a PIL image, its first if it is a film, upright, grey or RGB, in 8 bits."
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no fixed range; save it with 8 bits a channel")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # lay it on white
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    channels = shape[0] if shape else (1 if image.mode in ("1", "L") else 3)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if shape:
+        image = ImageOps.fit(image, (shape[2], shape[1]), Image.Resampling.BILINEAR)
+    return np.atleast_3d(np.array(image)).transpose(2, 0, 1)
 
 # %% ../nbs/toolkit/data.ipynb #93c0f3b6
 def read_image(
     path: str | os.PathLike[str],  # one picture
     shape: tuple[int, ...] | None = None,  # (C, H, W) to crop and scale to, C = 1 or 3; None: as it is
 ) -> Tensor:
-    """Read one picture: (C, H, W), float32 in [−1, 1]. Raises ValueError, naming the file, if it is no image."""
+    """Read one picture: (C, H, W), float32 in [−1, 1]; of an animation the first, transparency laid on white.
+
+    Raises ValueError, naming the file, if it is no image of a common kind or has more pixels than Pillow's limit.
+    """
     if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1):
         raise ValueError(f"shape: expected (C, H, W) with C = 1 or 3, found {shape}")
     size = None if shape is None else (shape[0], shape[1], shape[2])
     return as_image_tensor(_read_image(Path(path), size)[None])[0]
 
 # %% ../nbs/toolkit/data.ipynb #6b4bd419
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _image_files(path: Path, limit: int | None) -> tuple[list[tuple[Path, int]], list[str]]:
     "The files with their class numbers, and the classes; a limit is shared out by turns."
 
     def files_of(folder: Path) -> list[Path]:
-        found = sorted(p for p in folder.rglob("*") if p.is_file())
+        inside = os.walk(folder, onerror=_raise)
+        found = sorted(Path(top, name) for top, _, names in inside for name in names)
         return [p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts)]
 
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -462,7 +487,8 @@ def image_folder(
     """Read a folder: images (N, C, H, W), float32 in [−1, 1], labels (N,), int64, and the names of the classes.
 
     Hidden files are passed over; transparency is laid on white. Raises DataNotFoundError if there is no folder or no
-    image in it, ValueError, naming the file, if one is no image or does not have the shape of the first.
+    image in it, OSError if a subfolder cannot be read, ValueError, naming the file, if one is no image or does not have
+    the shape of the first.
     """
     path = Path(path).expanduser()
     if shape is not None and (len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1):

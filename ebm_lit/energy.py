@@ -150,12 +150,15 @@ def energy_and_grad(
 ) -> tuple[Tensor, Tensor]:  # E (B,) and ∇ₓE (B, *shape), both detached
     """Energies and their gradients with respect to the *input*; parameters and their `.grad` stay untouched.
 
+    An energy that knows its own gradient brings a method `energy_and_grad`, which is then asked instead of autograd.
     Works under `torch.no_grad` and `torch.inference_mode` too. Raises `EnergyShapeError` if the energy does not return
     one number per example, `ValueError` if x is not floating point or no gradient finds its way back to it.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must be a floating-point tensor, got {got}")
+    if (own := getattr(energy, "energy_and_grad", None)) is not None:
+        return own(x)
     with torch.inference_mode(False), torch.enable_grad():
         x = (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
         e = evaluate_energy(energy, x)

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['langevin_step', 'uniform_init', 'noise_scale_for', 'implied_temperature', 'quadratic_law', 'NonFiniteError',
-           'Diagnostics', 'Chain', 'Langevin']
+           'Diagnostics', 'Chain', 'Langevin', 'acceptance_margin', 'MALAStep', 'mala_step', 'MALADiagnostics',
+           'MALAChain', 'Adaptation', 'MALA']
 
 # %% ../nbs/02_langevin.ipynb #d815ebf9
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .energy import Energy, energy_and_grad, frozen
+from .fast import Accelerated, Compiled, Mode, accelerate
 
 # %% ../nbs/02_langevin.ipynb #b1be5d2b
 def langevin_step(
@@ -106,8 +108,13 @@ class _Alarm:
         self.first_bad = torch.full((2,), n_steps, device=x.device)  # of the energy, of the gradient
 
     def watch(self, k: int, energy: Tensor, grad: Tensor) -> None:
-        finite = torch.isfinite(torch.stack([_sum(energy), _sum(grad)]))
-        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=k))
+        self.read(k, torch.stack([_sum(energy), _sum(grad)])[None])
+
+    def read(self, k: int, sums: Tensor) -> None:
+        """Sums of energies and of gradients (m, 2), of the steps k, …, k + m − 1."""
+        steps = torch.arange(k, k + len(sums), device=sums.device)[:, None]
+        bad = torch.where(torch.isfinite(sums), self.n_steps, steps).amin(0)
+        self.first_bad = torch.minimum(self.first_bad, bad)
 
     def check(self, x: Tensor) -> None:
         ends = torch.isfinite(torch.stack([self.start, _sum(x)]))
@@ -141,6 +148,7 @@ class Chain(NamedTuple):
     trajectory: Tensor | None  # (F, B, *shape), thinned states, first and last included
     trajectory_steps: Tensor | None  # (F,) how many steps each had made
     diagnostics: Diagnostics | None  # on request
+    engine: str = "autograd"  # what computed the gradients, and why if it was not the fastest
 
 # %% ../nbs/02_langevin.ipynb #4f6cc9d3
 class _Film:
@@ -214,6 +222,10 @@ def _check_settings(s: "Langevin") -> None:
         raise ValueError(f"grad_clip must be > 0 or None, got {s.grad_clip}")
     if s.bounds is not None and not (len(s.bounds) == 2 and s.bounds[0] < s.bounds[1]):
         raise ValueError(f"bounds must be (low, high) with low < high, or None, got {s.bounds}")
+    if s.accelerate not in get_args(Mode):
+        raise ValueError(f"accelerate must be one of {get_args(Mode)}, got {s.accelerate!r}")
+    if s.gradient_dtype is not None and not s.gradient_dtype.is_floating_point:
+        raise ValueError(f"gradient_dtype must be a floating-point dtype or None, got {s.gradient_dtype}")
     _check_count("n_steps", s.n_steps)
 
 
@@ -233,7 +245,69 @@ def _check_chain(x_init: Tensor, generator: torch.Generator | None) -> None:
 def _same_device(a: torch.device, b: torch.device) -> bool:
     return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
 
-# %% ../nbs/02_langevin.ipynb #2ac6004e
+# %% ../nbs/02_langevin.ipynb #6f96df99
+class _Track:
+    """The next m steps of B chains, on buffers that stay in place."""
+
+    def __init__(self, sampler: "Langevin", energy: Energy, x: Tensor, n_steps: int) -> None:
+        self.sampler, self.energy = sampler, energy
+        self.replay: Callable[[], None] | None = None  # the m steps as one CUDA graph
+        self.plain = type(sampler).step is Langevin.step  # a subclass may move in a way of its own
+        self.m = _steps_at_once(x, n_steps) if self.plain else 1
+        self.x, self.move = x.clone(memory_format=torch.contiguous_format), torch.empty_like(x)
+        self.noise = x.new_zeros(self.m, *x.shape)
+        self.sums = x.new_zeros(self.m, 2, dtype=torch.promote_types(x.dtype, torch.float32))
+        self.places = [row.unbind() for row in self.sums]
+
+    def draw(self, count: int, generator: torch.Generator | None) -> None:
+        noise, self.generator = self.noise[:count], generator
+        if not self.plain:
+            return
+        torch.randn(noise.shape, generator=generator, dtype=noise.dtype, device=noise.device, out=noise)
+
+    def step(self, i: int) -> tuple[Tensor, Tensor]:
+        s = self.sampler
+        e, grad = energy_and_grad(self.energy, self.x)
+        for t, place in zip((e, grad), self.places[i], strict=True):
+            torch.sum(t, tuple(range(t.ndim)), dtype=place.dtype, out=place)
+        if not self.plain:
+            self.x.copy_(s.step(self.x, grad, self.generator))
+            return e, grad
+        self.x.sub_(torch.mul(s.clip(grad), s.step_size, out=self.move))
+        self.x.add_(torch.mul(self.noise[i], s.sigma, out=self.move))
+        if s.bounds is not None:
+            self.x.clamp_(*s.bounds)
+        return e, grad
+
+
+def _steps_at_once(x: Tensor, n_steps: int) -> int:
+    """How many steps' noise is drawn in one call: as much as stays in the cache, and no call changes the numbers."""
+    if x.is_cuda:
+        return max(1, min(n_steps, 20, 2**27 // x.numel()))
+    return 1 if x.numel() % 16 else max(1, min(n_steps, 2**16 // x.numel()))  # PyTorch draws in groups of 16
+
+# %% ../nbs/02_langevin.ipynb #85e05d30
+def _record(track: _Track) -> str:
+    """Record the m steps as one CUDA graph in `track.replay`; says what became of it. `track.x` stays as it is."""
+    start = track.x.clone()
+    try:
+        side = torch.cuda.Stream(track.x.device)
+        side.wait_stream(torch.cuda.current_stream(track.x.device))
+        with torch.cuda.stream(side):
+            track.step(0)  # libraries choose their kernels before the recording
+        torch.cuda.current_stream(track.x.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(track.m):
+                track.step(i)
+        track.replay = graph.replay
+        return f" in CUDA graphs of {track.m} steps"
+    except RuntimeError as error:
+        return f", step by step: no CUDA graph ({str(error).splitlines()[0]})"
+    finally:
+        track.x.copy_(start)
+
+# %% ../nbs/02_langevin.ipynb #cdc6ff5c
 @dataclass(frozen=True)
 class Langevin:
     """Settings of a Langevin sampler, x ← x − η∇E(x) + ω with ω ~ N(0, σ²I): immutable, without state.
@@ -251,6 +325,8 @@ class Langevin:
     noise_scale: float | None = None  # σ >= 0, in units of x
     grad_clip: float | None = None  # c > 0
     bounds: tuple[float, float] | None = None  # (low, high)
+    accelerate: Mode = "auto"  # auto: a gradient without autograd where we have one; compile: torch.compile; off
+    gradient_dtype: torch.dtype | None = None  # of the accelerated gradient's arithmetic; None: that of x
 
     def __post_init__(self) -> None:
         _check_settings(self)
@@ -313,17 +389,303 @@ class Langevin:
         _check_count("n_steps", n)
         _check_count("trajectory", trajectory)
         _check_chain(x_init, generator)
-        with torch.inference_mode(False), torch.no_grad(), frozen(energy):
-            x = x_init.detach().clone()
-            alarm, film = _Alarm(x, n), _Film(x, n, trajectory)
-            records = _Records(self, x, n) if diagnostics else None
-            for k in range(n):
-                e, grad = energy_and_grad(energy, x)
-                alarm.watch(k, e, grad)
-                x = self.step(x, grad, generator)
-                film.keep(k + 1, x)
-                if records is not None:
-                    records.add(k, e, grad, x)
-            alarm.check(x)
+        network = energy.network if isinstance(energy, Accelerated | Compiled) else energy
+        with torch.inference_mode(False), torch.no_grad(), frozen(network):
+            start = x_init.detach()
+            alarm, film = _Alarm(start, n), _Film(start, n, trajectory)
+            records = _Records(self, start, n) if diagnostics else None
+            fast, engine = accelerate(energy, start, self.accelerate, self.gradient_dtype)
+            track = _Track(self, fast, start, n)
+            if start.is_cuda and isinstance(fast, Accelerated) and track.plain and not trajectory and not diagnostics:
+                engine += _record(track)
+            for first in range(0, n, track.m):
+                count = min(track.m, n - first)
+                track.draw(count, generator)
+                if track.replay is not None and count == track.m:
+                    track.replay()
+                    alarm.read(first, track.sums)
+                    continue
+                for i in range(count):
+                    e, grad = track.step(i)
+                    film.keep(first + i + 1, track.x)
+                    if records is not None:
+                        records.add(first + i, e, grad, track.x)
+                alarm.read(first, track.sums[:count])
+            alarm.check(track.x)
+        engine = fast.report if isinstance(fast, Compiled) else engine
         report = None if records is None else records.result()
-        return Chain(x, n, self.implied_temperature, *film.result(), report)
+        return Chain(track.x, n, self.implied_temperature, *film.result(), report, engine)
+
+# %% ../nbs/02_langevin.ipynb #90080c34
+def acceptance_margin(
+    step: Tensor,  # x' − x, the proposed move, (B, *shape)
+    e: Tensor,  # E(x), (B,)
+    grad: Tensor,  # ∇E(x), (B, *shape)
+    e_new: Tensor,  # E(x'), (B,)
+    grad_new: Tensor,  # ∇E(x'), (B, *shape)
+    step_size: float | Tensor,  # η, one for all chains or (B,)
+) -> Tensor:  # (B,), in float32 at least
+    """T times the log of the Metropolis–Hastings ratio of a Langevin proposal; accept where T log u is at most that."""
+    dtype = torch.promote_types(step.dtype, torch.float32)
+    move, slope, slope_new = (t.flatten(1).to(dtype) for t in (step, grad, grad_new))
+    trapezoid = ((slope + slope_new) * move).sum(1) / 2  # the energy's rise, read off the slopes at both ends
+    return e.to(dtype) - e_new.to(dtype) + trapezoid + step_size * (slope.square() - slope_new.square()).sum(1) / 4
+
+# %% ../nbs/02_langevin.ipynb #bee2969f
+class MALAStep(NamedTuple):
+    """Result of `mala_step`: where the chains are now, and which of them moved."""
+
+    x: Tensor  # (B, *shape)
+    energy: Tensor  # (B,) E(x); NaN from the moment a proposal had no usable energy or gradient
+    grad: Tensor  # (B, *shape) ∇ₓE(x)
+    accepted: Tensor  # (B,) bool
+
+# %% ../nbs/02_langevin.ipynb #d5368d1c
+def _judge(
+    energy: Energy,
+    x: Tensor,
+    e: Tensor,
+    grad: Tensor,
+    step_size: float | Tensor,
+    temperature: float,
+    noise: Tensor,
+    u: Tensor,
+    bounds: tuple[float, float] | None,
+) -> MALAStep:
+    """The step with its randomness handed to it: `noise` is standard normal, `u` uniform in (0, 1]."""
+    wide, dtype = (-1,) + (1,) * (x.ndim - 1), torch.promote_types(x.dtype, torch.float32)
+    eta = step_size.to(dtype) if isinstance(step_size, Tensor) else step_size
+    eta_x = eta.view(wide) if isinstance(eta, Tensor) else eta  # one number a chain, for all its coordinates
+    new = (x.to(dtype) - eta_x * grad.to(dtype) + (2 * temperature * eta_x) ** 0.5 * noise).to(x.dtype)
+    inside = torch.isfinite(new)
+    if bounds is not None:
+        inside &= (new >= bounds[0]) & (new <= bounds[1])
+    allowed = inside.flatten(1).all(1)
+    new = torch.where(allowed.view(wide), new, x)  # the energy is never asked about what is outside
+    e_new, grad_new = energy_and_grad(energy, new)
+    margin = acceptance_margin(new.to(dtype) - x.to(dtype), e, grad, e_new, grad_new, eta)
+    accepted = allowed & torch.isfinite(e_new) & (temperature * u.log() <= margin)
+    usable = torch.isposinf(e_new) | (torch.isfinite(e_new) & torch.isfinite(grad_new).flatten(1).all(1))
+    take = accepted.view(wide)
+    e = torch.where(accepted, e_new, torch.where(usable, e, math.nan))
+    return MALAStep(torch.where(take, new, x), e, torch.where(take, grad_new, grad), accepted)
+
+# %% ../nbs/02_langevin.ipynb #487254c1
+def mala_step(
+    energy: Energy,  # callable (B, *shape) -> (B,)
+    x: Tensor,  # (B, *shape), left untouched
+    e: Tensor,  # E(x), (B,)
+    grad: Tensor,  # ∇ₓE(x), (B, *shape)
+    step_size: float | Tensor,  # η > 0, one for all chains or (B,)
+    temperature: float = 1.0,  # T >= 0
+    generator: torch.Generator | None = None,  # on the device of `x`
+    bounds: tuple[float, float] | None = None,  # (low, high): a proposal outside is rejected
+) -> MALAStep:
+    """One step of the Metropolis-adjusted Langevin algorithm: each chain proposes a move and takes it or stays.
+
+    Keeps exp(−E/T) exactly, restricted to the box of `bounds`; at T = 0 a chain descends or stays. A proposal of energy
+    +inf has density zero and is rejected. One whose energy is NaN or −inf, or whose gradient is not finite though the
+    energy is, is not taken either, and makes the chain's `energy` NaN for good: `MALA.run` raises on it.
+    Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their discrete
+    approximations".
+    """
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    u = 1 - torch.rand(len(x), generator=generator, device=x.device, dtype=dtype)  # in (0, 1]
+    return _judge(energy, x.detach(), e, grad, step_size, temperature, noise, u, bounds)
+
+# %% ../nbs/02_langevin.ipynb #3929640e
+class MALADiagnostics(NamedTuple):
+    """What `MALA.run` reports: R <= 200 evenly thinned records, on the chain's device."""
+
+    steps: Tensor  # (R,) how many steps had been made
+    energy: Tensor  # (R,) mean of E(x) over the chains
+    grad_norm: Tensor  # (R,) mean of ‖∇E(x)‖
+    acceptance_rate: Tensor  # (R,) share of the proposals taken from this record to the next
+
+
+class MALAChain(NamedTuple):
+    """Result of `MALA.run`; all tensors are detached and on the chain's device."""
+
+    x: Tensor  # (B, *shape), the last state
+    n_steps: int  # steps made
+    acceptance_rate: Tensor  # (B,) share of the proposals that each chain took; NaN for no steps
+    trajectory: Tensor | None  # (F, B, *shape), thinned states, first and last included
+    trajectory_steps: Tensor | None  # (F,) how many steps each had made
+    diagnostics: MALADiagnostics | None  # on request
+
+
+class Adaptation(NamedTuple):
+    """Result of `MALA.adapt`: a sampler whose step size will not move any more, and chains to start it from."""
+
+    sampler: "MALA"  # new, with the tuned step size; the one that adapted is unchanged
+    x: Tensor  # (B, *shape), where the chains are; no samples yet
+    step_sizes: Tensor  # (n,) the step size of every step
+    acceptance_rate: Tensor  # (n,) share of the chains that took the step
+
+# %% ../nbs/02_langevin.ipynb #9025f239
+class _MALARecords:
+    """Collects at most `_MAX_RECORDS` rows of diagnostics, on the device."""
+
+    def __init__(self, state: MALAStep, n_steps: int) -> None:
+        self.stride = max(1, math.ceil(n_steps / _MAX_RECORDS))
+        dtype = torch.promote_types(state.x.dtype, torch.float32)
+        self.rows = torch.zeros(math.ceil(n_steps / self.stride), 3, device=state.x.device, dtype=dtype)
+
+    def add(self, k: int, before: MALAStep, accepted: Tensor) -> None:
+        row = self.rows[k // self.stride]
+        if k % self.stride == 0:
+            row[:2] = torch.stack([t.mean(dtype=row.dtype) for t in (before.energy, _norms(before.grad))])
+        row[2] += accepted.mean(dtype=row.dtype)
+
+    def result(self, n_steps: int) -> MALADiagnostics:
+        steps = torch.arange(len(self.rows), device=self.rows.device) * self.stride
+        made = (n_steps - steps).clamp(max=self.stride)
+        energy, grad_norm, accepted = self.rows.unbind(1)
+        return MALADiagnostics(steps, energy, grad_norm, accepted / made)
+
+
+def _check_mala(s: "MALA") -> None:
+    if not (math.isfinite(s.step_size) and s.step_size > 0):
+        raise ValueError(f"step_size must be a finite number > 0, got {s.step_size}")
+    if not (math.isfinite(s.temperature) and s.temperature >= 0):
+        raise ValueError(f"temperature must be a finite number >= 0, got {s.temperature}")
+    if s.bounds is not None and not (len(s.bounds) == 2 and s.bounds[0] < s.bounds[1]):
+        raise ValueError(f"bounds must be (low, high) with low < high, or None, got {s.bounds}")
+    _check_count("n_steps", s.n_steps)
+
+
+class _Walk:
+    """A start, the steps that were sound, and the one reading of the device after the last of them."""
+
+    def __init__(self, sampler: "MALA", energy: Energy, x_init: Tensor) -> None:
+        x = x_init.detach().clone()
+        self.state = MALAStep(x, *energy_and_grad(energy, x), torch.zeros(len(x), dtype=torch.bool, device=x.device))
+        self.bounds, bounds = sampler.bounds, sampler.bounds or (-math.inf, math.inf)
+        inside = ((x >= bounds[0]) & (x <= bounds[1])).all()
+        usable = [torch.isfinite(t).all() for t in self.state[:3]]
+        self.start, self.sound = torch.stack([*usable, inside]), torch.zeros((), dtype=torch.long, device=x.device)
+
+    def move(self, state: MALAStep) -> None:
+        self.sound += torch.isfinite(state.energy).all()  # NaN stays: the count ends at the first bad step
+        self.state = state
+
+    def check(self, n_steps: int) -> None:
+        *usable, inside, sound = torch.cat([self.start.long(), self.sound[None]]).tolist()
+        for ok, name in zip(usable, ("x_init", "the energy of x_init", "the gradient at x_init"), strict=True):
+            if not ok:
+                raise NonFiniteError(f"{name} holds NaN or infinite values: no chain can start there")
+        if not inside:
+            raise ValueError(f"x_init must lie within bounds {self.bounds}: outside them the density is zero")
+        if sound < n_steps:
+            what = "a proposal's energy was NaN or −inf, or its gradient not finite,"
+            raise NonFiniteError(f"{what} at step {sound} of {n_steps}; try a smaller step_size or bounds")
+
+# %% ../nbs/02_langevin.ipynb #bc87ca95
+@dataclass(frozen=True)
+class MALA:
+    """Settings of a Metropolis-adjusted Langevin sampler of exp(−E/T), within `bounds` if given: immutable, no state.
+
+    Exact for every step size; how many proposals are taken is what the step size decides. Raises `ValueError` for
+    settings out of range.
+    Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their discrete
+    approximations"; Roberts & Rosenthal 1998, "Optimal scaling of discrete approximations to Langevin diffusions".
+    """
+
+    step_size: float  # η > 0, multiplies the gradient
+    n_steps: int = 60  # steps of a chain
+    temperature: float = 1.0  # T >= 0, in units of energy
+    bounds: tuple[float, float] | None = None  # (low, high): proposals outside are rejected
+
+    def __post_init__(self) -> None:
+        _check_mala(self)
+
+    def step(
+        self,
+        energy: Energy,  # callable (B, *shape) -> (B,)
+        state: MALAStep,  # left untouched
+        generator: torch.Generator | None = None,  # on the device of the chains
+        step_size: Tensor | None = None,  # () or (B,), instead of the sampler's
+    ) -> MALAStep:
+        """One move of every chain: `mala_step` with these settings."""
+        eta = self.step_size if step_size is None else step_size
+        return mala_step(energy, state.x, state.energy, state.grad, eta, self.temperature, generator, self.bounds)
+
+    def sample(
+        self,
+        energy: Energy,  # callable (B, *shape) -> (B,)
+        x_init: Tensor,  # (B, *shape), left untouched
+        n_steps: int | None = None,  # default: the sampler's
+        generator: torch.Generator | None = None,  # on the device of `x_init`
+    ) -> Tensor:  # (B, *shape), detached
+        """The last states of B parallel chains; errors as in `run`."""
+        return self.run(energy, x_init, n_steps=n_steps, generator=generator).x
+
+    def run(
+        self,
+        energy: Energy,  # callable (B, *shape) -> (B,)
+        x_init: Tensor,  # (B, *shape), within `bounds`, left untouched
+        n_steps: int | None = None,  # default: the sampler's
+        generator: torch.Generator | None = None,  # on the device of `x_init`
+        trajectory: int = 0,  # keep about this many states, evenly spaced, first and last included
+        diagnostics: bool = False,  # keep `MALADiagnostics`
+    ) -> MALAChain:
+        """B parallel chains; leaves no trace on the energy and does not wait for the device inside the loop.
+
+        Raises `ValueError` for an unusable `x_init` or generator, `EnergyShapeError` for an energy that does not return
+        (B,), and `NonFiniteError` if a start, or a proposal's energy or gradient, was NaN or otherwise unusable. A
+        proposal of energy +inf has density zero: it is rejected, and no error.
+        """
+        n = self.n_steps if n_steps is None else n_steps
+        _check_count("n_steps", n)
+        _check_count("trajectory", trajectory)
+        _check_chain(x_init, generator)
+        with torch.inference_mode(False), torch.no_grad(), frozen(energy):
+            walk = _Walk(self, energy, x_init)
+            film = _Film(walk.state.x, n, trajectory)
+            records = _MALARecords(walk.state, n) if diagnostics else None
+            taken = torch.zeros(len(x_init), device=x_init.device)
+            for k in range(n):
+                before, now = walk.state, self.step(energy, walk.state, generator)
+                walk.move(now)
+                taken += now.accepted
+                film.keep(k + 1, now.x)
+                if records is not None:
+                    records.add(k, before, now.accepted)
+            walk.check(n)
+        report = None if records is None else records.result(n)
+        return MALAChain(walk.state.x, n, taken / n, *film.result(), report)
+
+    def adapt(
+        self,
+        energy: Energy,  # callable (B, *shape) -> (B,)
+        x_init: Tensor,  # (B, *shape), within `bounds`, left untouched
+        n_steps: int | None = None,  # default: the sampler's
+        target: float = 0.574,  # wanted share of proposals that are taken, in (0, 1)
+        generator: torch.Generator | None = None,  # on the device of `x_init`
+    ) -> Adaptation:
+        """Tune the step size, one for all chains, until `target` of the proposals are taken; returns a *new* sampler.
+
+        A chain whose step size still depends on its own past is not exact: use the chains' states as a start and draw
+        the samples with the new sampler, whose step size is fixed. Errors as in `run`, and `ValueError` unless T > 0,
+        0 < target < 1 and at least one step is made.
+        Source: Robbins & Monro 1951 on log η, averaged over the second half; see Andrieu & Thoms 2008, "A tutorial on
+        adaptive MCMC".
+        """
+        n = self.n_steps if n_steps is None else n_steps
+        _check_count("n_steps", n)
+        _check_chain(x_init, generator)
+        if not (0 < target < 1 and self.temperature > 0 and n > 0):
+            given = f"got {target}, {self.temperature} and {n}"
+            raise ValueError(f"adapt needs 0 < target < 1, temperature > 0 and n_steps >= 1, {given}")
+        with torch.inference_mode(False), torch.no_grad(), frozen(energy):
+            walk = _Walk(self, energy, x_init)
+            rows = torch.empty(n, 2, device=x_init.device)  # log η and the share that took the step
+            log_eta = torch.full((), math.log(self.step_size), device=x_init.device)
+            for k in range(n):
+                walk.move(self.step(energy, walk.state, generator, step_size=log_eta.exp()))
+                rows[k] = torch.stack([log_eta, walk.state.accepted.float().mean()])
+                log_eta = log_eta + 2 * (rows[k, 1] - target) * (k + 1) ** -0.6
+            walk.check(n)
+        tuned = replace(self, step_size=math.exp(rows[n // 2 :, 0].mean().item()))
+        return Adaptation(tuned, walk.state.x, rows[:, 0].exp(), rows[:, 1])

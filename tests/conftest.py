@@ -8,22 +8,63 @@ from pathlib import Path
 
 import pytest
 import torch
+from ledger import LEDGER
 
 # The tests' problems are too small to share among cores: one thread is as fast on an idle machine and far faster on a
 # busy one. Kernels and commands that tests start inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+pytest_plugins = ["pytester"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
+SEED_STEP = 1_000_003  # seeds of one run differ by less than that
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed-offset",
+        type=int,
+        default=int(os.environ.get("EBM_LIT_SEED", "0")),
+        help="0: the fixed seeds of every day; 1, 2, …: fresh seeds in all tests of ledger.py (also EBM_LIT_SEED)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    line = "statistical(alpha): its verdict depends on drawn numbers; a correct library fails it with chance alpha"
+    config.addinivalue_line("markers", line)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` are skipped where there is no such device."""
+    """Tests of the ledger are marked `statistical`; those marked `cuda` are skipped where there is no such device."""
+    for item in items:
+        name = getattr(item, "originalname", item.name)
+        if (alpha := LEDGER.get(item.path.name, {}).get(name)) is not None:
+            item.add_marker(pytest.mark.statistical(alpha))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(skip)
+
+
+class FreshGenerator(torch.Generator):
+    """A generator whose every seed is moved on by `offset`."""
+
+    offset = 0
+
+    def manual_seed(self, seed: int) -> torch.Generator:
+        return super().manual_seed(seed + self.offset)
+
+
+@pytest.fixture(autouse=True)
+def fresh_seeds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a seed offset every generator that a statistical test makes, however it makes it, is seeded afresh."""
+    if "statistical" in request.keywords and (run := request.config.getoption("--seed-offset")):
+        monkeypatch.setattr(FreshGenerator, "offset", run * SEED_STEP)
+        monkeypatch.setattr(torch, "Generator", FreshGenerator)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

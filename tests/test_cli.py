@@ -67,6 +67,7 @@ def test_help_names_every_command_and_every_setting(tmp_path):
 def test_a_run_leaves_what_it_promises(home):
     run = home / "runs" / "digits"
     assert sorted(p.name for p in run.iterdir() if p.is_file()) == [
+        ".checkpoint.safetensors.lock",
         "checkpoint.safetensors",
         "config.json",
         "history.csv",

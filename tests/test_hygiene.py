@@ -31,9 +31,11 @@ ARROWS = {
     "energy": set(),
     "data": set(),
     "plotting": set(),
-    "langevin": {"energy"},
+    "fast": {"energy"},
+    "langevin": {"energy", "fast"},
     "contrastive_divergence": {"energy", "langevin"},
-    "training": {"contrastive_divergence", "energy", "langevin"},
+    "training": {"contrastive_divergence", "energy", "fast", "langevin"},
+    "evaluation": {"boltzmann", "energy", "langevin"},
     "widgets": {"boltzmann", "langevin", "plotting"},
     "cli": set(MODULES) - {"cli"},
 }

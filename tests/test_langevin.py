@@ -146,13 +146,13 @@ SETTINGS = [
 ]
 N_VALUES = 2**15  # independent values in each setting
 TESTS = ("mean", "variance", "shape", "independence")
-FALSE_ALARM = 1e-4  # of all 20 settings and all four tests together
-ALPHA = FALSE_ALARM / (len(SETTINGS) * len(TESTS))  # Bonferroni: 1.25e-6 for each of the 80 tests
+FALSE_ALARM = 2e-6  # of all 20 settings and all four tests together
+ALPHA = FALSE_ALARM / (len(SETTINGS) * len(TESTS))  # Bonferroni: 2.5e-8 for each of the 80 tests
 
 
 def draw(setting: Setting, seed: int, sampler: Langevin | None = None, n_steps: int | None = None) -> Tensor:
     """Final states of as many chains as give `N_VALUES` numbers."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)  # conftest.py moves it on where fresh seeds are wanted
     sampler = sampler or Langevin(setting.step_size, temperature=setting.temperature)
     shape = (N_VALUES // math.prod(setting.shape), *setting.shape)
     x = setting.mean + math.sqrt(setting.start_var) * torch.randn(shape, generator=g, dtype=setting.dtype)
@@ -183,7 +183,7 @@ def test_settings_are_twenty_and_what_they_say() -> None:
 
 
 def test_chain_follows_its_exact_law_in_20_settings() -> None:
-    """Joint false alarm: at most 1e-4, 20 settings times four tests at 1.25e-6 each (Bonferroni)."""
+    """Joint false alarm: at most 2e-6, 20 settings times four tests at 2.5e-8 each (Bonferroni)."""
     lowest = {}
     for seed, setting in enumerate(SETTINGS):
         for name, p in p_values(draw(setting, seed), *setting.expected()).items():
@@ -226,12 +226,12 @@ MUTANTS = {
 
 
 def visible(wrong: tuple[float, float], right: tuple[float, float]) -> bool:
-    """Off by 8 % in variance or 6 % of a standard deviation in the mean.
+    """Off by 10 % in variance or 7 % of a standard deviation in the mean.
 
-    With 32,768 values that is at least 10 standard errors; the tests alarm at 4.9. Chance to miss it: below 1e-6.
+    With 32,768 values that is at least 12 standard errors; the tests alarm at 5.6. Chance to miss it: below 1e-9.
     """
     (m, v), (m0, v0) = wrong, right
-    return abs(math.log(v / v0) if v > 0 else math.inf) > 0.08 or abs(m - m0) > 0.06 * math.sqrt(v0)
+    return abs(math.log(v / v0) if v > 0 else math.inf) > 0.1 or abs(m - m0) > 0.07 * math.sqrt(v0)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -248,7 +248,7 @@ def test_power_the_same_test_catches_mistakes(name: str) -> None:
 
 
 def test_power_the_law_of_the_target_is_not_the_law_of_the_chain() -> None:
-    """T/k instead of T/(k(1 − ηk/2)) is rejected wherever the two differ by 8 %."""
+    """T/k instead of T/(k(1 − ηk/2)) is rejected wherever the two differ by 10 %."""
     shown = [(i, s) for i, s in enumerate(SETTINGS) if s.var is None or s.forgotten]
     shown = [(i, s) for i, s in shown if visible((0.0, s.temperature / s.curvature), s.expected())]
     assert len(shown) >= 6
@@ -274,14 +274,17 @@ def test_power_noise_shared_between_coordinates_is_caught() -> None:
 
 
 def test_double_well_is_sampled_with_small_steps() -> None:
-    """A KS test at 1e-6, which alarms at a distance of 0.042; η = 0.004 itself causes less than 0.01."""
+    """False alarm: 1e-6, a KS test at 1e-7, alarming at a distance of 0.045; η = 0.004 itself causes less than 0.01.
+
+    Power: shares of the wells that are wrong by 0.07 are caught.
+    """
     g = torch.Generator().manual_seed(0)
     well = lambda x: double_well(x, barrier=1.0, tilt=0.25)  # noqa: E731
     x = Langevin(0.004, temperature=0.7).sample(well, uniform_init(4096, (1,), generator=g), n_steps=2500, generator=g)
     grid = make_grid([(-4, 4)], 4000)
     cdf = boltzmann_probs(well(grid.points), 0.7).cumsum(0)
     u = torch.sort(cdf[((x.double() + 4) / 8 * 4000).long().clamp(0, 3999)].flatten()).values.numpy()
-    assert stats.kstest(u, "uniform").pvalue > 1e-6
+    assert stats.kstest(u, "uniform").pvalue > 1e-7
 
 
 # Limiting cases
@@ -391,11 +394,11 @@ def test_a_generator_decides_everything(make_generator: Factory, device: torch.d
 
 
 def test_uniform_init(make_generator: Factory, device: torch.device) -> None:
-    """KS test at 1e-6."""
+    """False alarm: 1e-7, a KS test of 8,000 numbers. Power: a range wrong by 5 % is caught."""
     x = uniform_init(2000, (1, 2, 2), (-3.0, 1.0), make_generator(0, device))
     assert x.shape == (2000, 1, 2, 2) and x.device.type == device.type and x.dtype == torch.float32
     assert x.min() >= -3 and x.max() <= 1
-    assert stats.kstest(((x.cpu().double().flatten() + 3) / 4).numpy(), "uniform").pvalue > 1e-6
+    assert stats.kstest(((x.cpu().double().flatten() + 3) / 4).numpy(), "uniform").pvalue > 1e-7
     assert uniform_init(2, (3,)).abs().max() <= 1
     with pytest.raises(ValueError, match="low < high"):
         uniform_init(2, (3,), (1.0, -1.0))

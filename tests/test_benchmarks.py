@@ -1,0 +1,151 @@
+"""The speed benchmark runs, counts right, and notices a contender that computes something else."""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = sorted((ROOT / "benchmarks" / "results").glob("langevin_speed_*.json"))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/langevin_speed.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import langevin_speed
+
+    return langevin_speed
+
+
+def test_smoke_run(tmp_path: Path) -> None:
+    """The documented command in its small size, in a process of its own."""
+    output = tmp_path / "speed.json"
+    script = ROOT / "benchmarks" / "langevin_speed.py"
+    command = [sys.executable, str(script), "--smoke", "--threads", "1", "--device", "cpu", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert set(report["cases"]) == {"cnn_16", "mlp_256", "train_60"}
+    taking_part = {"ebm_lit", "textbook"} | ({"torchebm", "ebmkit"} - set(report["skipped"]))
+    for case in report["cases"].values():
+        assert set(case["rate"]) == set(case["seconds"]) == set(case["moments"]) == taking_part
+        assert all(len(values) == case["repeats"] for values in case["seconds"].values())
+        assert set(case["ratio"]) == taking_part - {"ebm_lit"}
+    for key in ("cnn_16", "mlp_256"):
+        assert all(0 < share < 1 for share in report["cases"][key]["share_of_peak"].values())
+    assert report["memory"]["ratio"]["ebm_lit"][0] < 1.02
+    assert all(f"without {name}: {reason}" in done.stdout for name, reason in report["skipped"].items())
+
+
+def sabotage(change: Callable[[Any], Any]) -> Callable[[nn.Module, Any, torch.device], Callable[[Tensor], Tensor]]:
+    """The textbook's loop with settings that are not those of the case."""
+
+    def build(net: nn.Module, case: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
+        import contenders
+
+        return contenders.chain_textbook(net, change(case), device)
+
+    return build
+
+
+WRONG = {
+    "too much noise": lambda case: replace(case, noise_scale=1.2 * case.noise_scale),
+    "half the steps": lambda case: replace(case, n_steps=case.n_steps // 2),
+    "uphill": lambda case: replace(case, step_size=-case.step_size),
+    "half the step size": lambda case: replace(case, step_size=case.step_size / 2),
+}
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp"])
+@pytest.mark.parametrize("name", [None, *WRONG])
+def test_whoever_samples_another_law_is_found_out(
+    speed: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, name: str | None
+) -> None:
+    """Seeds are fixed; an honest contender is accused with probability of some 1e-4 at other ones."""
+    torch.manual_seed(0)
+    case = replace(speed._cnn(32, 4) if kind == "cnn" else speed._mlp(2048, 20), repeats=2)
+    if name is not None:
+        monkeypatch.setitem(speed.CHAINS, "ebm_lit", sabotage(WRONG[name]))
+    result, wrong = speed.run_chains(case, ["ebm_lit", "textbook"], CPU)
+    assert bool(wrong) == (name is not None), (wrong, result["moments"])
+
+
+def test_clamping_is_compared(speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setitem(speed.CHAINS, "ebm_lit", sabotage(lambda case: replace(case, bounds=None)))
+    _, wrong = speed.run_chains(replace(speed._cnn(16, 4), repeats=2), ["ebm_lit", "textbook"], CPU)
+    assert wrong
+
+
+def test_our_gradients_are_compared_with_the_plain_network(speed: ModuleType) -> None:
+    """The honest sampler passes; a network that differs by 1e-4 does not, nor does a NaN."""
+    case = speed._mlp(64, 5)
+    net, other = case.network(CPU), case.network(CPU)
+    x = case.starts(0, CPU)
+    assert speed.disagreements("", speed.agreement(net, case, x)) == []
+    with torch.no_grad():
+        other.net[0].weight.mul_(1 + 1e-4)
+    off = agreement_of(speed, other, net, case, x)
+    assert len(speed.disagreements("", off)) >= 2
+    assert len(speed.disagreements("", dict.fromkeys(off, float("nan")))) == 3
+
+
+def agreement_of(speed: ModuleType, sampled: nn.Module, plain: nn.Module, case: Any, x: Tensor) -> dict[str, float]:
+    """`agreement` of a sampler that walks on another network than the plain one."""
+
+    class Other(speed.Langevin):  # type: ignore[name-defined,misc]
+        def run(self, energy: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return super().run(sampled if energy is plain else energy, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "Langevin", Other)
+        return speed.agreement(plain, case, x)
+
+
+def test_every_contender_has_its_turn_in_every_repeat_and_at_every_place(speed: ModuleType) -> None:
+    turns = list(speed.in_turns(["a", "b", "c"], 6))
+    orders = [[name for r, name in turns if r == repeat] for repeat in range(6)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert all(sorted(order[place] for order in orders) == ["a", "a", "b", "b", "c", "c"] for place in range(3))
+    assert len({tuple(order) for order in orders}) == 6
+
+
+def test_ratios_are_formed_within_a_repeat(speed: ModuleType) -> None:
+    """A machine that is ten times slower in one repeat changes no ratio."""
+    found = speed.summary({"ebm_lit": [1.0, 10.0, 1.0], "textbook": [2.0, 20.0, 2.0], "ebmkit": [3.0, 30.0, 3.0]}, 6)
+    assert found["ratio"]["textbook"] == dict.fromkeys(["median", "q25", "q75", "min", "max"], 2.0)
+    assert found["fastest_peer"] == "textbook" and found["rate"] == {"ebm_lit": 6.0, "textbook": 3.0, "ebmkit": 2.0}
+
+
+def test_work_is_counted_on_the_plain_network(speed: ModuleType) -> None:
+    """An MLP from 2 over three layers of 128 to 1: a product forward and one back for each layer, 2 FLOPs a term."""
+    case = speed._mlp(256, 1)
+    terms = 2 * 128 + 2 * 128 * 128 + 128
+    assert speed.flops_per_step(case.network(CPU), case.starts(0, CPU)) == 2 * 2 * 256 * terms
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_stored_results_are_complete(speed: ModuleType, path: Path) -> None:
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert list(report["cases"]) == [*speed.CHAIN_CASES, *speed.TRAIN_CASES] and report["skipped"] == {}
+    for case in report["cases"].values():
+        assert set(case["seconds"]) == {"ebm_lit", "textbook", "torchebm", "ebmkit"}
+        assert all(len(values) == case["repeats"] >= 10 for values in case["seconds"].values())
+        assert all(moments.get("z", 0.0) <= speed.Z_LIMIT for moments in case["moments"].values())
+        ours = case["seconds"]["ebm_lit"]
+        for name, values in case["seconds"].items():
+            if name != "ebm_lit":
+                again = statistics.median(t / o for t, o in zip(values, ours, strict=True))
+                assert case["ratio"][name]["median"] == pytest.approx(again, rel=1e-3)
+    assert set(report["memory"]["ratio"]) == {"ebm_lit", "textbook", "torchebm", "ebmkit"}

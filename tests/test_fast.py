@@ -1,0 +1,302 @@
+"""Accelerated gradients: the energies, gradients and chains of autograd, and autograd for all that is not known."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ebm_lit import EnergyCNN, EnergyMLP, Langevin, TrainConfig, energy_and_grad, fast, uniform_init
+from ebm_lit.fast import Accelerated, Convolutions, Matrices, Pixels, accelerate, choose_engine
+from ebm_lit.langevin import NonFiniteError
+from ebm_lit.training import draw_negatives, init_state
+
+Factory = Callable[..., torch.Generator]
+SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 17, 40), (1, 9, 8), (1, 8, 33), (4, 13, 13)]
+
+
+def network_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> EnergyCNN | EnergyMLP:
+    g = torch.Generator().manual_seed(len(shape) + shape[-1])
+    net = EnergyCNN(shape, 6, 10, generator=g) if len(shape) == 3 else EnergyMLP(shape[0], 16, 3, generator=g)
+    return net.to(dtype)
+
+
+def agree(kind: type[Any], network: Any, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Twice in a row, because the second call finds the first one's numbers in its buffers."""
+    network = network.to(device)
+    shape = network.shape if isinstance(network, EnergyCNN) else (network.dim,)
+    engine = Accelerated(network, kind, torch.empty(n, *shape, dtype=dtype, device=device), None).refresh()
+    rtol = 1e-11 if dtype == torch.float64 else 2e-5  # some hundred roundings of 2⁻⁵³ and of 2⁻²⁴
+    for seed in (0, 1):
+        x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(device)
+        e, grad = engine.energy_and_grad(x)
+        e_plain, grad_plain = energy_and_grad(network, x)
+        assert torch.allclose(e, e_plain, rtol=rtol, atol=rtol)
+        assert (grad - grad_plain).abs().max() <= rtol * grad_plain.abs().max()
+
+
+@pytest.mark.parametrize("kind", [Pixels, Convolutions, Matrices])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_engines_compute_energy_and_gradient_of_images(kind: type[Any], shape: tuple[int, ...], device: torch.device):
+    if kind is not Matrices or math.prod(shape) < 1500:
+        agree(kind, network_of(shape), 5, torch.float64, device)
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 300])
+def test_blocks_of_any_number_of_images(n: int, device: torch.device):
+    agree(Pixels, network_of((1, 28, 28), torch.float32), n, torch.float32, device)
+
+
+@pytest.mark.parametrize("n", [1, 511, 513, 1300])
+@pytest.mark.parametrize("confine", [None, 2.0])
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_engine_of_points(n: int, confine: float | None, depth: int, device: torch.device):
+    agree(Matrices, EnergyMLP(3, 8, depth, confine).double(), n, torch.float64, device)
+
+
+def test_a_wrong_engine_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    """The comparison above can fail: with the sign of Swish's curvature, or a kernel row that is left out."""
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        patched.setattr(fast._Swish, "slope", lambda self: torch.lerp(self.s, self.one, -self.h, out=self.s))
+        agree(Pixels, network_of((1, 28, 28)), 3, torch.float64, torch.device("cpu"))
+    forward = fast._Strided.forward
+
+    def short(self: Any, out: Tensor) -> None:
+        self.products.pop()
+        forward(self, out)
+
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        patched.setattr(fast._Strided, "forward", short)
+        agree(Pixels, network_of((1, 28, 28)), 3, torch.float64, torch.device("cpu"))
+
+
+# Who is accelerated, and who is not
+
+
+class Confined(EnergyCNN):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.flatten(1).square().sum(1)
+
+
+def changed(change: str) -> Any:
+    net = Confined() if change == "subclass" else EnergyCNN()
+    if change == "another layer":
+        net.net[1] = nn.Softplus()
+    elif change == "a hook":
+        net.net[0].register_forward_hook(lambda *_: None)
+    elif change == "a hook of the network":
+        net.register_forward_pre_hook(lambda *_: None)
+    elif change == "spectral norm":
+        nn.utils.parametrizations.spectral_norm(net.net[2])
+    elif change == "a function":
+        return lambda x: x.flatten(1).square().sum(1)
+    elif change == "another type":
+        net.double()
+    elif change == "dilated":
+        net.net[2] = nn.Conv2d(32, 64, 3, stride=2, padding=2, dilation=2)
+    elif change == "no bias":
+        net.net[2] = nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False)
+    elif change == "another stride":
+        net.net[2] = nn.Conv2d(32, 64, 3, stride=1, padding=1)
+        net.net[4] = nn.Conv2d(64, 128, 3, stride=4, padding=1)
+    elif change == "one layer more":
+        net.net.append(nn.Linear(1, 1))
+    elif change == "its own forward":
+        net.forward = lambda x: x.flatten(1).sum(1)
+    return net
+
+
+CHANGES = ["subclass", "another layer", "a hook", "a hook of the network", "spectral norm", "a function"]
+CHANGES += ["another type", "dilated", "no bias", "another stride", "one layer more", "its own forward"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_the_network_as_it_was_built_is_left_to_autograd(change: str):
+    energy = changed(change)
+    walk_on, report = accelerate(energy, torch.zeros(2, 1, 28, 28))
+    assert walk_on is energy and report.startswith("autograd: ")
+
+
+def test_networks_of_ours_and_their_averages_are_accelerated(device: torch.device):
+    for net in (EnergyCNN(), EnergyCNN((1, 8, 8)), EnergyMLP()):
+        net.to(device)
+        shape = net.shape if isinstance(net, EnergyCNN) else (net.dim,)
+        for energy in (net, AveragedModel(net)):
+            walk_on, report = accelerate(energy, torch.zeros(2, *shape, device=device))
+            assert isinstance(walk_on, Accelerated) and report in ("pixel rows", "matrices", "convolutions")
+        assert accelerate(net, torch.zeros(2, *shape, device=device), "off") == (net, "autograd")
+    with torch.autocast(device.type, torch.bfloat16):
+        kind, why = choose_engine(EnergyMLP().to(device), torch.zeros(2, 2, device=device))
+    assert kind is None and why == "autocast is on"
+
+
+def test_an_energy_may_bring_its_own_gradient():
+    class Spring:
+        def __call__(self, x: Tensor) -> Tensor:
+            return x.square().sum(1) / 2
+
+        def energy_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self(x), 3 * x  # a lie, so that we can tell who was asked
+
+    x = torch.ones(2, 3)
+    assert torch.equal(energy_and_grad(Spring(), x)[1], 3 * x)
+    assert torch.equal(Langevin(0.1, 1, temperature=0.0).sample(Spring(), x), x - 0.1 * 3 * x)
+
+
+# Chains
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 8, 8), (2,), (3,)], ids=str)
+@pytest.mark.parametrize("clip", [None, 1e-3])
+@pytest.mark.parametrize("n", [5, 64])
+def test_the_same_chain_step_by_step(shape: tuple[int, ...], clip: float | None, n: int):
+    """Same seed, same noise: states differ by rounding only, at every one of 23 steps, in float64."""
+    net, x = network_of(shape), uniform_init(n, shape, generator=generator()).double()
+    sampler = Langevin(0.5 if len(shape) == 3 else 0.02, 23, noise_scale=0.05, grad_clip=clip, bounds=(-1, 1))
+    off = Langevin(**{**vars(sampler), "accelerate": "off"})
+    ours, plain = (s.run(net, x, generator=generator(1), trajectory=24, diagnostics=True) for s in (sampler, off))
+    assert plain.engine == "autograd" and ours.engine in ("pixel rows", "matrices")
+    assert len(ours.trajectory) == 24
+    torch.testing.assert_close(ours.trajectory, plain.trajectory, rtol=0, atol=1e-12)
+    for a, b in zip(ours.diagnostics, plain.diagnostics, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3,), (1, 8, 8)], ids=str)
+def test_noise_drawn_in_blocks_is_the_noise_drawn_step_by_step(shape: tuple[int, ...]):
+    """An energy without slope: only noise moves the chains, and a hundred steps need several blocks."""
+    flat: Any = lambda x: 0 * x.flatten(1).sum(1)  # noqa: E731
+    x, g = torch.zeros(40, *shape), generator(2)
+    moved = Langevin(1.0, 1100, noise_scale=0.1).sample(flat, x, generator=generator(2))
+    for _ in range(1100):
+        x = x + 0.1 * torch.randn(x.shape, generator=g)
+    assert torch.equal(moved, x)
+
+
+def test_weights_are_those_of_the_moment():
+    net, x = EnergyMLP(), torch.randn(16, 2, generator=generator())
+    walk_on, _ = accelerate(net, x)
+    before = Langevin(0.1, 3, temperature=0.0).sample(walk_on, x)
+    with torch.no_grad():
+        net.net[0].weight.mul_(2)
+    after = Langevin(0.1, 3, temperature=0.0).sample(walk_on, x)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, Langevin(0.1, 3, temperature=0.0).sample(net, x))
+    assert len(Langevin(0.1, 3).sample(walk_on, x[:5])) == 5  # another batch gets buffers of its own
+
+
+def test_no_trace_on_the_network_and_non_finite_numbers_are_reported():
+    net = EnergyCNN((1, 8, 8)).train()
+    net.net[0].weight.requires_grad_(False)
+    net.net[0].bias.grad = torch.ones(32)
+    x = torch.rand(4, 1, 8, 8)
+    with torch.inference_mode():
+        assert Langevin(1.0, 2).run(net, x).engine == "matrices"
+    assert net.training and not net.net[0].weight.requires_grad and net.net[0].bias.requires_grad
+    assert torch.equal(net.net[0].bias.grad, torch.ones(32)) and net.net[2].weight.grad is None
+    with torch.no_grad():
+        net.net[2].weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="energy became NaN or infinite at step 0 of 2"):
+        Langevin(1.0, 2).run(net, x)
+
+
+def test_training_keeps_one_accelerated_network_and_follows_its_weights():
+    x = torch.rand(100, 1, 8, 8, generator=generator()) * 2 - 1
+    config = TrainConfig(n_iterations=3, batch_size=16, buffer_size=16, width=4, hidden=8, n_steps=4)
+    states = [init_state(TrainConfig(**{**vars(config), "accelerate": mode}), x) for mode in ("auto", "off")]
+    for _ in range(3):
+        negatives = [draw_negatives(state, x[:16]) for state in states]
+        torch.testing.assert_close(*negatives, rtol=0, atol=1e-4)
+        kept = states[0].walk_on
+        for state in states:
+            for p in state.energy.parameters():
+                p.data *= 1.5
+    assert isinstance(kept, Accelerated) and states[0].walk_on is kept and states[1].walk_on is states[1].energy
+
+
+# The compiler, and other arithmetic
+
+
+def wells(x: Tensor) -> Tensor:
+    return (x.square() - 1).square().sum(1)
+
+
+def test_compiled_energies_walk_the_same_way(monkeypatch: pytest.MonkeyPatch):
+    """Traced as for the real compiler, but run as it is: compiling takes longer than all of this file."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    x = torch.linspace(-2, 2, 32, dtype=torch.float64)[:, None]
+    for energy in (wells, network_of((1,))):
+        samplers = [Langevin(0.01, 5, accelerate=mode) for mode in ("off", "compile")]
+        plain, ours = (sampler.run(energy, x, generator=generator()) for sampler in samplers)
+        assert ours.engine == "compiled"
+        torch.testing.assert_close(ours.x, plain.x, rtol=0, atol=1e-12)
+
+
+def test_a_compiler_that_fails_is_reported_and_done_without(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any, **__: Any) -> Any:
+        def call(x: Tensor) -> Tensor:
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    x = torch.ones(4, 1)
+    ours = Langevin(0.01, 5, accelerate="compile").run(wells, x, generator=generator())
+    assert ours.engine == "autograd: torch.compile failed (RuntimeError: no C++ compiler)"
+    assert torch.equal(ours.x, Langevin(0.01, 5).sample(wells, x, generator=generator()))
+
+
+@pytest.mark.slow
+def test_the_real_compiler():
+    x = torch.randn(256, 2, generator=generator())
+    plain, ours = (
+        Langevin(0.01, 50, accelerate=mode).run(EnergyMLP(generator=generator()), x, generator=generator(1))
+        for mode in ("off", "compile")
+    )
+    assert ours.engine == "compiled" or ours.engine.startswith("autograd: torch.compile failed")
+    torch.testing.assert_close(ours.x, plain.x, rtol=0, atol=1e-5)
+
+
+def test_arithmetic_of_another_type():
+    """bfloat16 keeps eight bits: gradients within a few per cent, the chain's state itself stays float32."""
+    net, x = EnergyMLP(generator=generator()), torch.randn(64, 2, generator=generator())
+    chains = [Langevin(0.05, 20, temperature=0.0, gradient_dtype=d).run(net, x) for d in (None, torch.bfloat16)]
+    assert [c.x.dtype for c in chains] == [torch.float32] * 2 and not torch.equal(chains[0].x, chains[1].x)
+    moved = (chains[0].x - x).norm()
+    assert (chains[0].x - chains[1].x).norm() < 0.03 * moved
+    double = Langevin(0.05, 20, temperature=0.0, gradient_dtype=torch.float64).sample(net, x)
+    torch.testing.assert_close(double, chains[0].x, rtol=0, atol=1e-5)
+
+
+def test_mistakes_are_one_line():
+    with pytest.raises(ValueError, match=r"^accelerate must be one of \('auto', 'compile', 'off'\), got 'fast'$"):
+        Langevin(1.0, accelerate="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^accelerate must be one of"):
+        accelerate(wells, torch.zeros(1, 1), "on")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^gradient_dtype must be a floating-point dtype or None"):
+        Langevin(1.0, gradient_dtype=torch.int32)
+
+
+# Where there is a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 8, 8), (2,)], ids=str)
+def test_chains_in_cuda_graphs(shape: tuple[int, ...], make_generator: Factory):
+    net = network_of(shape, torch.float32).cuda()
+    x = torch.rand(64, *shape, device="cuda") * 2 - 1
+    sampler = Langevin(0.02, 47, noise_scale=0.05, bounds=(-1, 1))
+    off = Langevin(**{**vars(sampler), "accelerate": "off"})
+    ours, plain = (s.run(net, x, generator=make_generator(1, "cuda")) for s in (sampler, off))
+    assert "CUDA graphs of 20 steps" in ours.engine
+    torch.testing.assert_close(ours.x, plain.x, rtol=0, atol=1e-4)
+    again = sampler.run(net, x, generator=make_generator(1, "cuda"))
+    assert torch.equal(ours.x, again.x)
