@@ -404,7 +404,7 @@ def check_health(
     state: TrainState,
     since: int = 0,  # first iteration to look at
 ) -> None:
-    """Raises `DivergenceError` if a weight or anything recorded from `since` on is not finite, exploding or saturated."""
+    """Raises `DivergenceError` if a weight, or a record from `since` on, is not finite, exploding or saturated."""
     rows, cfg = state.history[since : state.step].cpu(), state.config
     bad = ~torch.isfinite(rows)
     if bad.any():
