@@ -635,7 +635,8 @@ MISTAKES = (
     Mistake(
         "rollback walks into the same noise again",
         "training",
-        "    state.generator.manual_seed(int(seed))  #",
+        """    seed = torch.randint(2**31, (), generator=state.generator, device=state.generator.device)
+    state.generator.manual_seed(int(seed))  #""",
         "    #",
         (LOST,),
     ),
@@ -889,7 +890,7 @@ MISTAKES = (
         "data",
         "(np.asarray(image) // 257).astype(np.uint8)",
         "np.asarray(image).astype(np.uint8)",
-        (DATA,),
+        (DATA, HOSTILE),
     ),
     Mistake(
         "transparency laid on black",

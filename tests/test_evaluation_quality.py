@@ -1,6 +1,6 @@
 """Quality of samples, outliers and chains: every function against brute force, closed forms and laws known exactly.
 
-Statistical tests use fixed generators; each states its false-alarm rate over generators. Together below 1e-5.
+Statistical tests use fixed generators; each states its false-alarm rate over generators, and ledger.py adds them up.
 """
 
 import math
@@ -108,14 +108,14 @@ def test_kernel_distance_in_slices(make_generator):
 
 
 def test_kernel_distance_is_unbiased_and_its_p_value_uniform(make_generator):
-    """600 comparisons of a law with itself. False alarms: 6e-7 for the mean (5 standard errors), 1e-6 for the p-values.
+    """600 comparisons of a law with itself. False alarms: 4e-7 for the mean, 2e-6 for the p-values.
 
     With 19 permutations p takes the values 1/20, …, 20/20 with equal chances: a χ² test with 19 degrees of freedom.
     """
     g = make_generator(4)
     found = [kernel_distance(*torch.randn(2, 12, 3, generator=g), 19, g) for _ in range(600)]
     values = torch.tensor([f.value for f in found])
-    assert abs(values.mean()) < 5 * values.std() / math.sqrt(600)
+    assert abs(values.mean()) < 5.5 * values.std() / math.sqrt(600)
     p = torch.tensor([f.p_value for f in found])
     counts = torch.bincount((p * 20).round().long(), minlength=21)
     assert counts[0] == 0 and counts.sum() == 600
@@ -123,12 +123,15 @@ def test_kernel_distance_is_unbiased_and_its_p_value_uniform(make_generator):
 
 
 def test_kernel_test_has_power(make_generator, device):
-    """Third moments differ and nothing below; p at its minimum. Misses less than one time in 1e4 at this n."""
+    """Means 0, variances 1, third moments 0 and 1.5; p at its minimum. Missed once in 1e7.
+
+    The distance is 2.2 ± 0.4, its root 1.5 ± 0.14; shuffled labels give 0 ± 0.05, one of a hundred above 0.25.
+    """
     g = make_generator(5, device)
-    normal = torch.randn(400, 1, generator=g, device=device)
-    skewed = -torch.rand(400, 1, generator=g, device=device).log() - 1
-    assert kernel_distance(normal, skewed, 99, g).p_value == 0.01
-    again = [kernel_distance(normal, skewed, 99, make_generator(6, device)) for _ in range(2)]
+    flat = math.sqrt(3) * (2 * torch.rand(800, 1, generator=g, device=device) - 1)
+    skewed = torch.where(torch.rand(800, 1, generator=g, device=device) < 0.8, -0.5, 2.0)
+    assert kernel_distance(flat, skewed, 99, g).p_value == 0.01
+    again = [kernel_distance(flat, skewed, 99, make_generator(6, device)) for _ in range(2)]
     assert again[0] == again[1]
 
 
@@ -264,7 +267,11 @@ def spring(x):
 
 
 def test_independent_draws_are_worth_themselves(make_generator):
-    """R̂ < 1.01 and ESS within 25 % of 8,000: more than six standard deviations of the estimates."""
+    """R̂ within 0.01 of 1 and ESS within 25 % of 8,000: false alarm 1e-8.
+
+    Over 180 columns R̂ scatters by 0.0003, ESS by 3 % around 98.5 %, tail ESS by 250 around 7,800, MCSE by 2 % and the
+    largest of the autocorrelations by 0.004 around 0.034: every limit is more than six standard deviations away.
+    """
     found = chain_diagnostics(torch.randn(2000, 4, 3, generator=make_generator(17)))
     assert found.n_chains == 4 and found.n_draws == 2000
     assert (found.split_rhat < 1.01).all() and (found.split_rhat > 0.99).all()
@@ -274,7 +281,11 @@ def test_independent_draws_are_worth_themselves(make_generator):
 
 
 def test_memory_of_a_langevin_chain_on_a_spring(make_generator):
-    """Exact: autocorrelation aᵏ, N(1 − a)/(1 + a) effective draws. Tolerances: six standard errors or more."""
+    """Exact: autocorrelation aᵏ, N(1 − a)/(1 + a) effective draws. False alarm: 1e-8.
+
+    Over 60 runs ESS scatters by 4.6 % around 101 % of that, and the largest error of an autocorrelation
+    is 0.018 ± 0.009.
+    """
     g = make_generator(18)
     start = torch.randn(8, 1, generator=g)
     chain = Langevin(0.2, n_steps=4000).run(spring, start, generator=g, trajectory=4001)

@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from ledger import JOINT_FALSE_ALARM, LEDGER, PENDING
+from ledger import JOINT_FALSE_ALARM, LEDGER
 
 TESTS = Path(__file__).parent
 # What only a test says that draws numbers and may be unlucky.
-TELLTALE = re.compile(r"false alarm|standard errors|kstest|\.pvalue|p_values?\(|chi2\.sf", re.IGNORECASE)
+TELLTALE = re.compile(r"false alarm:? \d|\d standard errors|kstest|\.pvalue|p_values?\(|chi2\.sf", re.IGNORECASE)
 
 
 def functions_of(path: Path) -> dict[str, str]:
@@ -45,12 +45,12 @@ def test_no_statistical_test_is_missing_from_the_ledger(path: Path) -> None:
     if path == Path(__file__):
         return
     found = {name for name, text in functions_of(path).items() if TELLTALE.search(text)}
-    known = set(LEDGER.get(path.name, {})) | PENDING.get(path.name, set())
+    known = set(LEDGER.get(path.name, {}))
     assert found <= known, sorted(found - known)
 
 
 def test_telltale_finds_what_is_registered() -> None:
-    """The net is fine enough: nine of ten registered tests would be found by it."""
+    """The net is fine enough: most of the registered tests would be found by it."""
     texts = [functions_of(TESTS / name)[test] for name, tests in LEDGER.items() for test in tests]
     assert sum(bool(TELLTALE.search(text)) for text in texts) >= 0.8 * len(texts)
 
@@ -98,7 +98,6 @@ def test_fresh_seeds(offset: int) -> None:
         str(TESTS),
     ]
     environment = os.environ | {"EBM_LIT_SEED": str(offset)}
-    run = subprocess.run(
-        [*command, str(TESTS)], cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
+    print(run.stdout.splitlines()[-1])
     assert run.returncode == 0, run.stdout[-4000:]

@@ -673,12 +673,12 @@ def test_the_lock_is_held_while_training_and_freed_by_every_exit(x: Tensor, tmp_
     seen = []
     train(x, TINY, progress=False, checkpoint=path, callback_every=12, callbacks=[lambda s: seen.append(is_free())])
     assert seen == [False, False] and is_free()
-    with pytest.raises(DivergenceError):
+    with pytest.raises(DivergenceError) as error:
         train(x, WILD, progress=False, checkpoint=path)
-    assert is_free()
-    with pytest.raises(KeyboardInterrupt):
+    assert is_free() and error.tb, "also while somebody, as a notebook does, keeps the traceback"
+    with pytest.raises(KeyboardInterrupt) as interrupt:
         train(x, TINY, progress=False, checkpoint=path, stop=lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert is_free()
+    assert is_free() and interrupt.tb
 
 
 def test_a_locked_checkpoint_is_refused_and_left_alone(x: Tensor, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_held_out_mean_errors() -> None:
 
 
 def test_held_out_points_agree_with_the_integral(make_generator: Factory) -> None:
-    """Five standard errors on each of four toys: false alarm 2.3e-6."""
+    """5.3 standard errors on each of four toys: false alarm 8e-7."""
     model = Gauss(0.3, 2.0)
     for seed, name in enumerate(("mixture25", "moons", "rings", "checkerboard")):
         target = toy(name)
@@ -191,11 +191,14 @@ def test_held_out_points_agree_with_the_integral(make_generator: Factory) -> Non
         kl = plane_kl(target.log_prob, model, radius=12.0)
         with torch.no_grad():
             held = mean_log_ratio(target.log_prob(x.double()), -model(x).double() - kl.log_z)
-        assert abs(held.mean - kl.forward) < 5 * held.standard_error + kl.error, name
+        assert abs(held.mean - kl.forward) < 5.3 * held.standard_error + kl.error, name
 
 
 def test_pairs_are_sharper_than_their_parts(make_generator: Factory) -> None:
-    """The standard error of a paired gap covers: its z-scores over 200 repeats have variance 1 (false alarm 1e-6)."""
+    """The standard error of a paired gap covers: its z-scores over 200 repeats have variance 1 (false alarm 1e-6).
+
+    Power: standard errors that are too large or too small by a half are caught.
+    """
     p, near, far = Gauss(), Gauss(0.2, 1.1), Gauss(0.3, 1.2)
     exact = gauss_kl(0.3, 1.0, 1.2) - gauss_kl(0.2, 1.0, 1.1)
     x = torch.randn(200, 500, 2, generator=make_generator(7))
@@ -214,7 +217,7 @@ def test_pairs_are_sharper_than_their_parts(make_generator: Factory) -> None:
 
 
 def test_restarts_keep_the_law_they_are_offered_to(truth: ModuleType, make_generator: Factory) -> None:
-    """Two levels, 0 and log 3: 3/4 of the chains on the lower one, from any start; five standard errors, 6e-7."""
+    """Two levels, 0 and log 3: 3/4 of the chains on the lower one, from any start; false alarm 3e-7, both."""
 
     def levels(x: Tensor) -> Tensor:
         return math.log(3) * (x[:, 0] > 0)
@@ -223,13 +226,16 @@ def test_restarts_keep_the_law_they_are_offered_to(truth: ModuleType, make_gener
     for start in (-1.0, 1.0):
         x = truth.offer_restarts(levels, torch.full((n, 2), start), 25, 4.5, make_generator(8))
         share = (x[:, 0] < 0).double().mean().item()
-        assert abs(share - 0.75) < 5 * math.sqrt(0.75 * 0.25 / n)
+        assert abs(share - 0.75) < 5.3 * math.sqrt(0.75 * 0.25 / n)
     outside = torch.full((50, 2), 5.0)
     assert torch.equal(truth.offer_restarts(levels, outside, 25, 4.5, make_generator(9)), outside)
 
 
 def test_the_gradient_of_the_recipe_is_that_of_the_oracle(truth: ModuleType, make_generator: Factory) -> None:
-    """Long chains and quadrature agree on the mean of every parameter's slope over the model: cosine >= 0.99."""
+    """Long chains and quadrature agree on the mean of every parameter's slope over the model: cosine >= 0.99.
+
+    False alarm: 1e-9. The relative error is 0.7 % ± 0.3, the limit 5 %. Power: CD-1 is off by more than half.
+    """
     from ebm_lit.langevin import MALA
 
     energy = truth.new_energy(0, truth.SETTINGS | {"width": 8, "depth": 2})
