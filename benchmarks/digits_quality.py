@@ -3,6 +3,7 @@
     python benchmarks/digits_quality.py                     ten seeds, table on standard output
     python benchmarks/digits_quality.py --store             and write benchmarks/results/digits_quality.json
     python benchmarks/digits_quality.py --reinit-age 30     the same for chains that restart by age
+    python benchmarks/digits_quality.py --diverged --store  of twenty seeds, how many diverge? results/digits_seeds.json
 
 The judge is a classifier from scikit-learn that never sees a sample. The Fréchet distance has two floors, both of 500
 real digits against the other 1,297: the held-out digits of the library's split, in which every class has the same share
@@ -101,9 +102,25 @@ def one_seed(config: TrainConfig, panel: list[Judge], lengths: tuple[int, ...], 
     return row
 
 
+def count_diverged(seeds: range, store: bool) -> None:
+    """Train with the default configuration from every seed; with `store`, each row is kept at once."""
+    path, panel = RESULTS / "digits_seeds.json", judges(0)
+    for seed in seeds:
+        row = one_seed(TrainConfig(seed=seed), panel, (), torch.device("cpu"))
+        print(json.dumps(row), flush=True)
+        if store:
+            known = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+            rows = sorted([r for r in known if r["seed"] != seed] + [row], key=lambda r: r["seed"])
+            versions = {"python": platform.python_version(), "torch": torch.__version__, "ebm_lit": __version__}
+            text = json.dumps({"versions": versions, "runs": rows}, indent=1).replace("NaN", "null") + "\n"
+            path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="how many seeds, from 0 on")
+    parser.add_argument("--seeds", type=int, help="how many seeds: 10, or 20 with --diverged")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--diverged", action="store_true", help="only train, and judge the nominal chain length")
     parser.add_argument("--lengths", type=int, nargs="*", default=[1000, 4000], help="further chain lengths to judge")
     parser.add_argument("--reinit-age", type=float, help="restart chains by age instead of by one probability")
     parser.add_argument("--steps", type=int, help="nominal chain length, if not the configuration's")
@@ -112,6 +129,9 @@ def main() -> None:
     parser.add_argument("--store", action="store_true", help="write benchmarks/results/digits_quality*.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    seeds = range(args.first, args.first + (args.seeds or (20 if args.diverged else 10)))
+    if args.diverged:
+        return count_diverged(seeds, args.store)
     settings = {"reinit_age": args.reinit_age} | ({"sample_steps": args.steps} if args.steps else {})
     panel = judges()
     judge, real = panel[0], panel[0](panel[0].x_test)
@@ -122,7 +142,7 @@ def main() -> None:
     print("| seed | train s | steps | confident | smallest class | Fréchet/balanced | Fréchet/random | nearest |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
-    for seed in range(args.seeds):
+    for seed in seeds:
         config = TrainConfig(seed=seed, **settings)
         row = one_seed(config, panel, tuple(args.lengths), resolve_device(args.device))
         rows.append(row)

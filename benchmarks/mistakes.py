@@ -610,6 +610,8 @@ MISTAKES = (
     yield
     lock.release()""",
         (LOST,),
+        "CPython destroys the lock object, and with it the lock, as soon as the generator that holds it has ended; "
+        "only an interpreter without reference counting would keep it",
     ),
     Mistake(
         "a run may be continued on other data",
