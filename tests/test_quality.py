@@ -1,12 +1,22 @@
 """The promises about the default digits run, kept by full-size training: several minutes, hence `slow`."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+
+def test_none_of_twenty_stored_seeds_diverged() -> None:
+    """Written by `python benchmarks/digits_quality.py --diverged --store`: the default recipe, twenty seeds."""
+    runs = json.loads((BENCHMARKS / "results" / "digits_seeds.json").read_text(encoding="utf-8"))["runs"]
+    assert [row["seed"] for row in runs] == list(range(20))
+    assert [row for row in runs if "diverged" in row] == []
+    assert all(row["200"]["confident"] > 0.8 for row in runs), "and each of them learned to draw digits"
 
 
 @pytest.mark.slow
