@@ -22,22 +22,14 @@ from torch.optim.swa_utils import AveragedModel
 from .energy import Energy, EnergyCNN, EnergyMLP, energy_and_grad
 
 # %% ../nbs/toolkit/fast.ipynb #95df67a6
-class _Swish:
-    """Swish and its slope from one exponential: s = σ(z), h = z·s, dh/dz = s + h(1 − s).
+def _swish(z: Tensor, out: Tensor) -> None:
+    """h = z·σ(z), in one pass."""
+    torch.ops.aten.silu.out(z, out=out)
 
-    Order of use: write `z`, `apply`, and on the way back `slope`; from then on `z` is free for the gradient.
-    """
 
-    def __init__(self, like: Tensor) -> None:
-        self.z, self.s, self.one = torch.empty_like(like), torch.empty_like(like), like.new_ones(())
-
-    def apply(self, out: Tensor) -> Tensor:
-        torch.sigmoid(self.z, out=self.s)
-        self.h = torch.mul(self.z, self.s, out=out)
-        return out
-
-    def slope(self) -> Tensor:
-        return torch.lerp(self.s, self.one, self.h, out=self.s)
+def _swish_back(g: Tensor, z: Tensor, out: Tensor) -> None:
+    """g times Swish's slope at z, in one pass; `out` may be g or z."""
+    torch.ops.aten.silu_backward.grad_input(g, z, grad_input=out)
 
 # %% ../nbs/toolkit/fast.ipynb #c66249b2
 def _of(network: EnergyCNN | EnergyMLP, kind: Any) -> list[Any]:
@@ -72,52 +64,59 @@ def tap_places(network: EnergyCNN | EnergyMLP) -> list[Tensor]:
 
 # %% ../nbs/toolkit/fast.ipynb #6662be92
 class _Dense:
-    """Linear layers with Swish between them, on columns: (features, n) -> energies (n,), and back.
+    """Linear layers with Swish between them, on columns: (parts, features, n) -> energies (parts, 1, n), and back.
 
-    Every input has one more row, of ones, and every matrix one more column, the bias.
+    The first row of every input is ones, and the first column of every matrix the bias. Only the z are kept for the way
+    back; whatever lives from one product to the next shares a buffer.
     """
 
-    def __init__(self, sizes: list[int], n: int, like: Tensor) -> None:
-        self.weights = [like.new_empty(b, a + 1) for a, b in itertools.pairwise(sizes)]
-        self.inputs = [like.new_ones(a + 1, n) for a in sizes[:-1]]
-        self.acts = [_Swish(like.new_empty(b, n)) for b in sizes[1:-1]]
-        self.x = self.inputs[0][:-1].zero_()
-        self.hs = [h[:-1] for h in self.inputs[1:]]
-        self.backs = [w[:, :-1].t() for w in self.weights]
+    def __init__(self, sizes: list[int], n: int, like: Tensor, parts: int = 1) -> None:
+        widest = max(sizes[1:-1])
+        inputs, g = like.new_ones(parts, 1 + widest, n), like.new_empty(parts * widest * n)
+        first = like.new_ones(parts, 1 + sizes[0], n)
+        self.x = first[:, 1:].zero_()
+        self.inputs = [first, *(inputs[:, : 1 + b] for b in sizes[1:-1])]
+        self.hs = [h[:, 1:] for h in self.inputs[1:]]
+        self.zs = [like.new_empty(parts, b, n) for b in sizes[1:-1]]
+        self.gs = [g[: z.numel()].view_as(z) for z in self.zs]
+        self.weights = [like.new_empty(b, 1 + a).expand(parts, -1, -1) for a, b in itertools.pairwise(sizes)]
+        self.backs = [like.new_empty(a, b).expand(parts, -1, -1) for a, b in itertools.pairwise(sizes)]
+        self.e = like.new_empty(parts, 1, n)
 
     def load(self, layers: list[tuple[Tensor, Tensor]]) -> None:
-        for w, (weight, bias) in zip(self.weights, layers, strict=True):
-            w[:, :-1] = weight
-            w[:, -1] = bias
+        for w, back, (weight, bias) in zip(self.weights, self.backs, layers, strict=True):
+            w[0, :, 0], w[0, :, 1:], back[0] = bias, weight, weight.t()
 
     def forward(self) -> Tensor:
-        for w, x, act, h in zip(self.weights[:-1], self.inputs[:-1], self.acts, self.hs, strict=True):
-            torch.mm(w, x, out=act.z)
-            act.apply(h)
-        return torch.mm(self.weights[-1], self.inputs[-1])[0]
+        for w, x, z, h in zip(self.weights[:-1], self.inputs[:-1], self.zs, self.hs, strict=True):
+            _swish(torch.bmm(w, x, out=z), out=h)
+        return torch.bmm(self.weights[-1], self.inputs[-1], out=self.e)
 
     def backward(self, out: Tensor) -> None:
-        g = torch.mul(self.acts[-1].slope(), self.backs[-1], out=self.acts[-1].z)
-        for back, act in zip(self.backs[-2:0:-1], self.acts[-2::-1], strict=True):
-            g = torch.mm(back, g, out=act.z).mul_(act.slope())
-        torch.mm(self.backs[0], g, out=out)
+        g = self.backs[-1].expand_as(self.zs[-1])
+        for i in reversed(range(len(self.zs))):
+            _swish_back(g, self.zs[i], out=self.zs[i])
+            g = torch.bmm(self.backs[i], self.zs[i], out=self.gs[i - 1] if i else out)
 
 # %% ../nbs/toolkit/fast.ipynb #2fb8d11b
 class Matrices:
     """Energy and gradient of a network that is a chain of matrices: an `EnergyMLP`, or a CNN of a tiny image."""
 
     name: ClassVar[str] = "matrices"
-    block: ClassVar[int | None] = 512
-    block_of_many: ClassVar[int | None] = 4096
+    block: ClassVar[int] = 512
 
-    def __init__(self, network: EnergyCNN | EnergyMLP, n: int, like: Tensor) -> None:
+    def __init__(self, network: EnergyCNN | EnergyMLP, n: int, like: Tensor, cores: int) -> None:
         self.confine = network.confine if isinstance(network, EnergyMLP) else None
         self.places = tap_places(network)
         layers = as_matrices(network)
-        self.dense = _Dense([layers[0][0].shape[1], *(len(w) for w, _ in layers)], n, like)
-        self.columns, self.g_columns = self.dense.x, torch.empty_like(self.dense.x)
+        parts = cores if n % cores == 0 else 1
+        self.dense = _Dense([layers[0][0].shape[1], *(len(w) for w, _ in layers)], n // parts, like, parts)
+        self.columns, self.g_columns = self.dense.x, like.new_empty(self.dense.x.shape)
+        if self.confine is not None:  # ‖x‖²/(2s²) as one more product
+            self.half = like.new_full((parts, 1, self.columns.shape[1]), 0.5 / self.confine**2)
+            self.squares = torch.empty_like(self.g_columns)
         shape = (network.dim,) if isinstance(network, EnergyMLP) else network.shape
-        self.x, self.grad = (t.t().unflatten(1, shape) for t in (self.columns, self.g_columns))
+        self.x, self.grad = (t.transpose(1, 2).unflatten(2, shape) for t in (self.columns, self.g_columns))
 
     def load(self, network: EnergyCNN | EnergyMLP) -> None:
         """Copy the network's weights as they are now."""
@@ -134,9 +133,9 @@ class Matrices:
         e = self.dense.forward()
         self.dense.backward(self.g_columns)
         if self.confine is not None:
-            e.add_(self.columns.square().sum(0), alpha=0.5 / self.confine**2)
+            e.baddbmm_(self.half, torch.mul(self.columns, self.columns, out=self.squares))
             self.g_columns.add_(self.columns, alpha=1 / self.confine**2)
-        return e
+        return e.flatten()
 
 # %% ../nbs/toolkit/fast.ipynb #bbb3a490
 class _Stem:
@@ -156,8 +155,7 @@ class _Stem:
         self.columns = like.new_ones(self.h * self.w, k * k * c + 1, n)  # the last row of ones carries the bias
         self.gathered = self.columns[:, :-1].view(self.h, self.w, k, k * c, n)
         self.weight = like.new_empty(d, k * k * c + 1)
-        self.act = _Swish(like.new_empty(self.h, self.w, d, n))
-        self.g_out = like.new_empty(self.h, self.w, d, n)
+        self.z = self.g_out = like.new_empty(self.h, self.w, d, n)
         self.g_columns = like.new_empty(self.h, self.w, k, k, c, n)
         steps = [slice(i, i + 2 * size_ - 1, 2) for size_ in (self.h, self.w) for i in range(k)]
         self.places = [
@@ -172,8 +170,8 @@ class _Stem:
 
     def forward(self, out: Tensor) -> None:
         self.gathered.copy_(self.windows)
-        torch.bmm(self.weight.expand(len(self.columns), -1, -1), self.columns, out=self.act.z.flatten(0, 1))
-        self.act.apply(out)
+        torch.bmm(self.weight.expand(len(self.columns), -1, -1), self.columns, out=self.z.flatten(0, 1))
+        _swish(self.z, out)
 
     def backward(self) -> Tensor:
         g, weight = self.g_out.flatten(0, 1), self.weight[:, :-1].t()
@@ -195,11 +193,11 @@ class _Strided:
         self.h, self.w = ho, wo = (h + 1) // 2, (w + 1) // 2
         x = like.new_zeros(h, 2 * wo + 1, c, n)
         self.x_in = x[:, 1 : w + 1]
-        self.bias, self.act = like.new_empty(d, 1), _Swish(like.new_empty(ho, wo, d, n))
+        self.bias, self.z = like.new_empty(d, 1), like.new_empty(ho, wo, d, n)
         self.rows = like.new_empty(3, d, 3 * c)  # forward: a row of the kernel
         self.middle, self.sides = like.new_empty(3, c, d), like.new_empty(3, c, 2 * d)  # backward: columns 1; 2 and 0
         self.products = [
-            (self.act.z[i], self.rows[ky].expand(wo, -1, -1), _runs(x[2 * i + ky - 1], 3, 2, wo))
+            (self.z[i], self.rows[ky].expand(wo, -1, -1), _runs(x[2 * i + ky - 1], 3, 2, wo))
             for i in range(ho)
             for ky in range(3)
             if 0 <= 2 * i + ky - 1 < h
@@ -224,17 +222,16 @@ class _Strided:
         self.sides.copy_(torch.cat([right, left], 2))
 
     def forward(self, out: Tensor) -> None:
-        self.act.z.copy_(self.bias.expand_as(self.act.z))
+        self.z.copy_(self.bias.expand_as(self.z))
         for z, weight, x in self.products:
             torch.baddbmm(z, weight, x, out=z)
-        self.act.apply(out)
+        _swish(self.z, out)
 
-    def backward(self, below: _Swish, out: Tensor) -> None:
+    def backward(self, below: Tensor, out: Tensor) -> None:
         for g, weight, g_out, beta in self.back_products:
             torch.baddbmm(g, weight, g_out, beta=beta, out=g)
-        slope = below.slope()
-        torch.mul(self.even, slope[:, 0::2], out=out[:, 0::2])
-        torch.mul(self.odd, slope[:, 1::2], out=out[:, 1::2])
+        _swish_back(self.even, below[:, 0::2], out[:, 0::2])
+        _swish_back(self.odd, below[:, 1::2], out[:, 1::2])
 
 
 def _runs(row: Tensor, length: int, stride: int, count: int) -> Tensor:
@@ -247,10 +244,9 @@ class Pixels:
     """Energy and gradient of an `EnergyCNN` for one block of examples, in the layout (H, W, C, n)."""
 
     name: ClassVar[str] = "pixel rows"
-    block: ClassVar[int | None] = 128
-    block_of_many: ClassVar[int | None] = 256
+    block: ClassVar[int] = 128
 
-    def __init__(self, network: EnergyCNN, n: int, like: Tensor) -> None:
+    def __init__(self, network: EnergyCNN, n: int, like: Tensor, cores: int) -> None:
         first, *others = _of(network, nn.Conv2d)
         self.layers: list[_Strided] = []
         self.stem = _Stem(first, *network.shape[1:], n, like)
@@ -261,7 +257,7 @@ class Pixels:
         d = others[-1].out_channels
         self.head = _Dense([below.h * below.w * d, *(m.out_features for m in _of(network, nn.Linear))], n, like)
         self.top, self.g_top = self.head.x.view(below.h, below.w, d, n), like.new_empty(below.h, below.w, d, n)
-        self.x, self.grad = (t.permute(3, 2, 0, 1) for t in (self.stem.x_in, self.stem.grad))
+        self.x, self.grad = (t.permute(3, 2, 0, 1)[None] for t in (self.stem.x_in, self.stem.grad))
 
     def load(self, network: EnergyCNN) -> None:
         """Copy the network's weights as they are now."""
@@ -276,11 +272,11 @@ class Pixels:
         tower: list[_Stem | _Strided] = [self.stem, *self.layers]
         for layer, out in zip(tower, [*(above.x_in for above in self.layers), self.top], strict=True):
             layer.forward(out)
-        e = self.head.forward()
-        self.head.backward(self.g_top.flatten(0, 2))
-        torch.mul(self.g_top, tower[-1].act.slope(), out=tower[-1].g_out)
+        e = self.head.forward().flatten()
+        self.head.backward(self.g_top.view(1, -1, self.g_top.shape[-1]))
+        _swish_back(self.g_top, tower[-1].z, tower[-1].g_out)
         for layer, below in zip(self.layers[::-1], tower[-2::-1], strict=True):
-            layer.backward(below.act, below.g_out)
+            layer.backward(below.z, below.g_out)
         self.stem.backward()
         return e
 
@@ -289,19 +285,18 @@ class Convolutions:
     """Energy and gradient of an `EnergyCNN` by the device's own convolutions, without the bookkeeping of autograd."""
 
     name: ClassVar[str] = "convolutions"
-    block: ClassVar[int | None] = None
-    block_of_many: ClassVar[int | None] = None
+    block: ClassVar[int] = 128
 
-    def __init__(self, network: EnergyCNN, n: int, like: Tensor) -> None:
+    def __init__(self, network: EnergyCNN, n: int, like: Tensor, cores: int) -> None:
         last = torch.channels_last
-        self.x = like.new_zeros(n, *network.shape)
+        self.x = like.new_zeros(1, n, *network.shape)
         self.convs = [
             (like.new_empty(m.weight.shape).contiguous(memory_format=last), like.new_empty(len(m.weight)))
             for m in _of(network, nn.Conv2d)
         ]
         linear = _of(network, nn.Linear)
         self.head = _Dense([linear[0].in_features, *(m.out_features for m in linear)], n, like)
-        self.g_top = like.new_empty(linear[0].in_features, n)
+        self.g_top = like.new_empty(1, linear[0].in_features, n)
 
     def load(self, network: EnergyCNN) -> None:
         """Copy the network's weights as they are now."""
@@ -311,20 +306,20 @@ class Convolutions:
         self.head.load([(m.weight, m.bias) for m in _of(network, nn.Linear)])
 
     def __call__(self) -> Tensor:
-        h, kept = self.x, []
+        h, kept = self.x[0], []
         for weight, bias in self.convs:
             z = F.conv2d(h, weight, bias, 2, weight.shape[2] // 2)
             kept.append((h, z, weight))
             h = F.silu(z)
-        self.head.x.copy_(h.flatten(1).t())
-        e = self.head.forward()
+        self.head.x[0].copy_(h.flatten(1).t())
+        e = self.head.forward().flatten()
         self.head.backward(self.g_top)
-        g = self.g_top.t().unflatten(1, h.shape[1:])
+        g = self.g_top[0].t().unflatten(1, h.shape[1:])
         for x, z, weight in reversed(kept):
             g, pad = torch.ops.aten.silu_backward(g, z), [weight.shape[2] // 2] * 2
             rule = (None, [2, 2], pad, [1, 1], False, [0, 0], 1, [True, False, False])  # the input's gradient only
             g = torch.ops.aten.convolution_backward(g, x, weight, *rule)[0]
-        self.grad = g
+        self.grad = g[None]
         return e
 
 # %% ../nbs/toolkit/fast.ipynb #3708c5db
@@ -332,13 +327,12 @@ class Engine(Protocol):
     """What computes: fill `x`, call, read the energies returned and `grad`."""
 
     name: ClassVar[str]
-    block: ClassVar[int | None]  # examples that one core computes together at most; None: all
-    block_of_many: ClassVar[int | None]  # the same for several cores, which wait for each other after every product
-    x: Tensor  # (n, *shape)
-    grad: Tensor  # (n, *shape)
+    block: ClassVar[int]  # examples that a core's cache holds with all that is kept of them
+    x: Tensor  # (parts, n / parts, *shape)
+    grad: Tensor  # (parts, n / parts, *shape)
 
-    def __init__(self, network: Any, n: int, like: Tensor) -> None:
-        """Room for n examples, of the type and on the device of `like`."""
+    def __init__(self, network: Any, n: int, like: Tensor, cores: int) -> None:
+        """Room for n examples, of the type and on the device of `like`, in one part or in one for each core."""
 
     def load(self, network: Any) -> None:
         """Copy the network's weights as they are now."""
@@ -401,14 +395,18 @@ class Accelerated:
 
     def __init__(self, network: EnergyCNN | EnergyMLP, kind: type[Engine], x: Tensor, dtype: torch.dtype | None):
         self.network, self.report, self.like = network, kind.name, (x.shape, x.dtype, x.device)
-        cores = torch.get_num_threads() if x.device.type == "cpu" else 1
-        block = kind.block if cores == 1 else kind.block_of_many
-        blocks = math.ceil(len(x) / (block or len(x)))
-        self.rows = math.ceil(len(x) / blocks)
-        self.engine = kind(network, self.rows, x.new_empty(0, dtype=dtype))
+        cpu = x.device.type == "cpu"
+        cores = torch.get_num_threads() if cpu else 1
+        self.rows = math.ceil(len(x) / math.ceil(len(x) / (kind.block * cores))) if cpu else len(x)
+        whole = len(x) % self.rows == 0  # no block is shorter than the others
+        self.engine = kind(network, self.rows, x.new_empty(0, dtype=dtype), cores if whole else 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.network(x)
+
+    def holds(self, x: Tensor) -> bool:
+        """Does the engine take such an `x` as a whole, in its own type?"""
+        return len(x) == self.rows and x.dtype == self.engine.x.dtype
 
     @torch.no_grad()
     def refresh(self) -> "Accelerated":
@@ -423,11 +421,13 @@ class Accelerated:
     ) -> tuple[Tensor, Tensor]:  # E (B,) and ∇ₓE (B, *shape), detached
         """Energies and gradients, block by block."""
         energies, grad = x.new_empty(len(x)), torch.empty_like(x)
+        parts = len(self.engine.x)
         for x_block, e_block, grad_block in zip(*(t.split(self.rows) for t in (x, energies, grad)), strict=True):
             n = len(x_block)
-            self.engine.x[:n].copy_(x_block)
+            place = slice(None), slice(n // parts)
+            self.engine.x[place].copy_(x_block.unflatten(0, (parts, -1)))
             e_block.copy_(self.engine()[:n])
-            grad_block.copy_(self.engine.grad[:n])
+            grad_block.unflatten(0, (parts, -1)).copy_(self.engine.grad[place])
         return energies, grad
 
 # %% ../nbs/toolkit/fast.ipynb #3c1d4576

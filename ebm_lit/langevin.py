@@ -254,29 +254,43 @@ class _Track:
         self.replay: Callable[[], None] | None = None  # the m steps as one CUDA graph
         self.plain = type(sampler).step is Langevin.step  # a subclass may move in a way of its own
         self.m = _steps_at_once(x, n_steps) if self.plain else 1
-        self.x, self.move = x.clone(memory_format=torch.contiguous_format), torch.empty_like(x)
-        self.noise = x.new_zeros(self.m, *x.shape)
+        self.engine = energy.engine if self.plain and isinstance(energy, Accelerated) and energy.holds(x) else None
+        self.drawn = x.new_zeros(self.m, *x.shape)
+        if self.engine is None:
+            self.state, self.noise = x.clone(memory_format=torch.contiguous_format), self.drawn
+        else:  # the chains live where the engine reads them, and the noise in the same layout
+            self.state = self.engine.x
+            self.state.copy_(x.reshape(self.state.shape))
+            strides = torch.empty_like(self.state).stride()
+            self.noise = x.new_empty_strided((self.m, *self.state.shape), (x.numel(), *strides))
+        self.move, self.moves = torch.empty_like(self.state), self.noise.unbind()
+        self.eta = x.new_tensor(sampler.step_size)
         self.sums = x.new_zeros(self.m, 2, dtype=torch.promote_types(x.dtype, torch.float32))
         self.places = [row.unbind() for row in self.sums]
 
+    @property
+    def x(self) -> Tensor:
+        """(B, *shape), where the chains are."""
+        return self.state if self.engine is None else self.state.flatten(0, 1)
+
     def draw(self, count: int, generator: torch.Generator | None) -> None:
-        noise, self.generator = self.noise[:count], generator
-        if not self.plain:
-            return
-        torch.randn(noise.shape, generator=generator, dtype=noise.dtype, device=noise.device, out=noise)
+        drawn, self.generator = self.drawn[:count], generator
+        if self.plain:
+            torch.randn(drawn.shape, generator=generator, dtype=drawn.dtype, device=drawn.device, out=drawn)
+            noise = self.noise[:count]
+            torch.mul(drawn.view_as(noise), self.sampler.sigma, out=noise)
 
     def step(self, i: int) -> tuple[Tensor, Tensor]:
-        s = self.sampler
-        e, grad = energy_and_grad(self.energy, self.x)
+        s, engine = self.sampler, self.engine
+        e, grad = energy_and_grad(self.energy, self.state) if engine is None else (engine(), engine.grad)
         for t, place in zip((e, grad), self.places[i], strict=True):
             torch.sum(t, tuple(range(t.ndim)), dtype=place.dtype, out=place)
-        if not self.plain:
-            self.x.copy_(s.step(self.x, grad, self.generator))
-            return e, grad
-        self.x.sub_(torch.mul(s.clip(grad), s.step_size, out=self.move))
-        self.x.add_(torch.mul(self.noise[i], s.sigma, out=self.move))
-        if s.bounds is not None:
-            self.x.clamp_(*s.bounds)
+        if self.plain:
+            self.state.sub_(torch.mul(s.clip(grad), self.eta, out=self.move)).add_(self.moves[i])
+            if s.bounds is not None:
+                self.state.clamp_(*s.bounds)
+        else:
+            self.state.copy_(s.step(self.state, grad, self.generator))
         return e, grad
 
 
@@ -289,7 +303,7 @@ def _steps_at_once(x: Tensor, n_steps: int) -> int:
 # %% ../nbs/02_langevin.ipynb #85e05d30
 def _record(track: _Track) -> str:
     """Record the m steps as one CUDA graph in `track.replay`; says what became of it. `track.x` stays as it is."""
-    start = track.x.clone()
+    start = track.state.clone()
     try:
         side = torch.cuda.Stream(track.x.device)
         side.wait_stream(torch.cuda.current_stream(track.x.device))
@@ -305,7 +319,7 @@ def _record(track: _Track) -> str:
     except RuntimeError as error:
         return f", step by step: no CUDA graph ({str(error).splitlines()[0]})"
     finally:
-        track.x.copy_(start)
+        track.state.copy_(start)
 
 # %% ../nbs/02_langevin.ipynb #cdc6ff5c
 @dataclass(frozen=True)
@@ -407,14 +421,16 @@ class Langevin:
                     continue
                 for i in range(count):
                     e, grad = track.step(i)
-                    film.keep(first + i + 1, track.x)
+                    if trajectory:
+                        film.keep(first + i + 1, track.x)
                     if records is not None:
-                        records.add(first + i, e, grad, track.x)
+                        records.add(first + i, e, grad.reshape(start.shape), track.x)
                 alarm.read(first, track.sums[:count])
             alarm.check(track.x)
+            last = track.x.clone(memory_format=torch.contiguous_format)  # never a buffer of an engine
         engine = fast.report if isinstance(fast, Compiled) else engine
         report = None if records is None else records.result()
-        return Chain(track.x, n, self.implied_temperature, *film.result(), report, engine)
+        return Chain(last, n, self.implied_temperature, *film.result(), report, engine)
 
 # %% ../nbs/02_langevin.ipynb #90080c34
 def acceptance_margin(

@@ -59,9 +59,9 @@ def test_engine_of_points(n: int, confine: float | None, depth: int, device: tor
 
 
 def test_a_wrong_engine_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    """The comparison above can fail: with the sign of Swish's curvature, or a kernel row that is left out."""
+    """The comparison above can fail: with the slope of a sigmoid, or a kernel row that is left out."""
     with monkeypatch.context() as patched, pytest.raises(AssertionError):
-        patched.setattr(fast._Swish, "slope", lambda self: torch.lerp(self.s, self.one, -self.h, out=self.s))
+        patched.setattr(fast, "_swish_back", lambda g, z, out: torch.mul(g, z.sigmoid(), out=out))
         agree(Pixels, network_of((1, 28, 28)), 3, torch.float64, torch.device("cpu"))
     forward = fast._Strided.forward
 
@@ -145,6 +145,42 @@ def test_an_energy_may_bring_its_own_gradient():
     x = torch.ones(2, 3)
     assert torch.equal(energy_and_grad(Spring(), x)[1], 3 * x)
     assert torch.equal(Langevin(0.1, 1, temperature=0.0).sample(Spring(), x), x - 0.1 * 3 * x)
+
+
+def test_parts_of_several_cores_are_the_same_examples():
+    """Two parts side by side, and one part when a block would be shorter: no example lands in another's place."""
+    net = EnergyMLP(3, 8, 2).double()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for n in (2, 6, 7, 1024, 1026, 2048, 2050):
+            agree(Matrices, net, n, torch.float64, torch.device("cpu"))
+        x = torch.randn(64, 3, generator=generator(), dtype=torch.float64)
+        chains = [Langevin(0.05, 9, accelerate=mode).run(net, x, generator=generator(1)) for mode in ("auto", "off")]
+        torch.testing.assert_close(chains[0].x, chains[1].x, rtol=0, atol=1e-12)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("n", [1, 2, 40])
+@pytest.mark.parametrize("shape", [(1,), (2,), (1, 8, 8), (1, 28, 28)], ids=str)
+def test_a_result_is_not_overwritten_by_the_next_chain(shape: tuple[int, ...], n: int):
+    """Chains that share an accelerated network share its buffers, and nothing that they return is one."""
+    x = uniform_init(n, shape, generator=generator())
+    walk_on, _ = accelerate(network_of(shape, torch.float32), x)
+    first = Langevin(0.1, 3).run(walk_on, x, generator=generator(1), trajectory=3)
+    e, grad = walk_on.energy_and_grad(x)
+    kept = [t.clone() for t in (first.x, first.trajectory, e, grad)]
+    Langevin(0.1, 3).run(walk_on, -x, generator=generator(2))
+    walk_on.energy_and_grad(-x)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (first.x, first.trajectory, e, grad), strict=True))
+
+
+def test_starts_may_lie_in_memory_as_they_like():
+    x = torch.randn(2, 3, 40, generator=generator()).permute(2, 0, 1)[:, :, 0]  # (40, 2), not contiguous
+    net = EnergyMLP(generator=generator())
+    chains = [Langevin(0.1, 4).sample(net, start, generator=generator(1)) for start in (x, x.contiguous())]
+    assert torch.equal(*chains) and chains[0].is_contiguous()
 
 
 # Chains
