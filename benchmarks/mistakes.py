@@ -134,8 +134,8 @@ MISTAKES = (
     Mistake(
         "a chain climbs: sign of the gradient in its steps",
         "langevin",
-        "self.x.sub_(torch.mul(s.clip(grad), s.step_size, out=self.move))",
-        "self.x.add_(torch.mul(s.clip(grad), s.step_size, out=self.move))",
+        "self.state.sub_(torch.mul(s.clip(grad), self.eta, out=self.move))",
+        "self.state.add_(torch.mul(s.clip(grad), self.eta, out=self.move))",
         (LANGEVIN,),
     ),
     Mistake(
@@ -176,31 +176,31 @@ MISTAKES = (
     Mistake(
         "noise shared between the coordinates",
         "langevin",
-        "device=noise.device, out=noise)",
-        "device=noise.device, out=noise)\n"
-        "        first = noise.flatten(2)[..., :1].clone()\n"
-        "        noise.copy_(first.view(*noise.shape[:2], *[1] * (noise.ndim - 2)).expand_as(noise))",
+        "device=drawn.device, out=drawn)",
+        "device=drawn.device, out=drawn)\n"
+        "            first = drawn.flatten(2)[..., :1].clone()\n"
+        "            drawn.copy_(first.view(*drawn.shape[:2], *[1] * (drawn.ndim - 2)).expand_as(drawn))",
         (LANGEVIN, LAWS),
     ),
     Mistake(
         "noise shared between the chains",
         "langevin",
-        "device=noise.device, out=noise)",
-        "device=noise.device, out=noise)\n        noise.copy_(noise[:, :1].clone().expand_as(noise))",
+        "device=drawn.device, out=drawn)",
+        "device=drawn.device, out=drawn)\n            drawn.copy_(drawn[:, :1].clone().expand_as(drawn))",
         (LANGEVIN, LAWS),
     ),
     Mistake(
         "the steps of a block all take the first noise",
         "langevin",
-        "torch.mul(self.noise[i], s.sigma, out=self.move)",
-        "torch.mul(self.noise[0], s.sigma, out=self.move)",
+        ".add_(self.moves[i])",
+        ".add_(self.moves[0])",
         (LANGEVIN, FAST),
     ),
     Mistake(
         "clip after instead of before: the step is clipped, not the gradient",
         "langevin",
-        "self.x.sub_(torch.mul(s.clip(grad), s.step_size, out=self.move))",
-        "self.x.sub_(s.clip(torch.mul(grad, s.step_size, out=self.move)))",
+        "self.state.sub_(torch.mul(s.clip(grad), self.eta, out=self.move))",
+        "self.state.sub_(s.clip(torch.mul(grad, self.eta, out=self.move)))",
         (LANGEVIN,),
     ),
     Mistake(
@@ -213,33 +213,34 @@ MISTAKES = (
     Mistake(
         "bounds ignored",
         "langevin",
-        "            self.x.clamp_(*s.bounds)",
-        "            pass",
+        "                self.state.clamp_(*s.bounds)",
+        "                pass",
         (LANGEVIN,),
     ),
     Mistake(
         "bounds applied before the noise",
         "langevin",
-        """        self.x.add_(torch.mul(self.noise[i], s.sigma, out=self.move))
-        if s.bounds is not None:
-            self.x.clamp_(*s.bounds)""",
-        """        if s.bounds is not None:
-            self.x.clamp_(*s.bounds)
-        self.x.add_(torch.mul(self.noise[i], s.sigma, out=self.move))""",
+        """.add_(self.moves[i])
+            if s.bounds is not None:
+                self.state.clamp_(*s.bounds)""",
+        """
+            if s.bounds is not None:
+                self.state.clamp_(*s.bounds)
+            self.state.add_(self.moves[i])""",
         (LANGEVIN,),
     ),
     Mistake(
         "the chain moves the caller's tensor",
         "langevin",
-        "self.x, self.move = x.clone(memory_format=torch.contiguous_format), torch.empty_like(x)",
-        "self.x, self.move = x.contiguous(), torch.empty_like(x)",
+        "self.state, self.noise = x.clone(memory_format=torch.contiguous_format), self.drawn",
+        "self.state, self.noise = x.contiguous(), self.drawn",
         (LANGEVIN, TRAINING),
     ),
     Mistake(
         "negatives not detached",
         "langevin",
-        "return Chain(track.x, n, self.implied_temperature",
-        "return Chain(track.x.requires_grad_(), n, self.implied_temperature",
+        "return Chain(last, n, self.implied_temperature",
+        "return Chain(last.requires_grad_(), n, self.implied_temperature",
         (CD, LANGEVIN),
     ),
     Mistake(
@@ -653,8 +654,8 @@ MISTAKES = (
     Mistake(
         "fast gradient: Swish's slope is σ alone",
         "fast",
-        "return torch.lerp(self.s, self.one, self.h, out=self.s)",
-        "return self.s",
+        "torch.ops.aten.silu_backward.grad_input(g, z, grad_input=out)",
+        "torch.mul(g, torch.sigmoid(z), out=out)",
         (FAST,),
     ),
     Mistake(
@@ -674,8 +675,8 @@ MISTAKES = (
     Mistake(
         "fast gradient: bias of the convolutions dropped",
         "fast",
-        "self.act.z.copy_(self.bias.expand_as(self.act.z))",
-        "self.act.z.zero_()",
+        "self.z.copy_(self.bias.expand_as(self.z))",
+        "self.z.zero_()",
         (FAST,),
     ),
     Mistake(
