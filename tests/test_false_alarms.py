@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ledger import JOINT_FALSE_ALARM, LEDGER
+from ledger import JOINT_FALSE_ALARM, LEDGER, POWER
 
 TESTS = Path(__file__).parent
 # What only a test says that draws numbers and may be unlucky.
@@ -47,6 +47,14 @@ def test_no_statistical_test_is_missing_from_the_ledger(path: Path) -> None:
     found = {name for name, text in functions_of(path).items() if TELLTALE.search(text)}
     known = set(LEDGER.get(path.name, {}))
     assert found <= known, sorted(found - known)
+
+
+def test_power_of_every_registered_test_is_stated() -> None:
+    """In its docstring, in POWER, or the test is one of power itself."""
+    said = re.compile(r"[Pp]ower|sees|caught|[Mm]issed|certain")
+    texts = {test: functions_of(TESTS / name)[test] for name, tests in LEDGER.items() for test in tests}
+    silent = {test for test, text in texts.items() if "power" not in test and not said.search(text)}
+    assert silent <= set(POWER) <= set(texts), sorted(silent ^ set(POWER))
 
 
 def test_telltale_finds_what_is_registered() -> None:
