@@ -1,7 +1,7 @@
 """Speed of Langevin chains and of training: this library, a plain loop, torchebm and ebmkit, on the same function.
 
     pip install -e '.[bench]'                              the two other libraries; without them they are left out
-    python benchmarks/langevin_speed.py                    everything, about eight minutes on two cores
+    python benchmarks/langevin_speed.py                    everything, three to eight minutes on two cores
     python benchmarks/langevin_speed.py --store            and write benchmarks/results/langevin_speed_cpu.json
     python benchmarks/langevin_speed.py --device cuda      the same on a GPU (langevin_speed_cuda.json)
     python benchmarks/langevin_speed.py --only cnn_128     some of the cases, by their names
