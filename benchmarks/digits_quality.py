@@ -2,6 +2,7 @@
 
     python benchmarks/digits_quality.py                     ten seeds, table on standard output
     python benchmarks/digits_quality.py --store             and write benchmarks/results/digits_quality.json
+    python benchmarks/digits_quality.py --ship              seed 0 into the package, with its card
     python benchmarks/digits_quality.py --reinit-age 30     the same for chains that restart by age
     python benchmarks/digits_quality.py --diverged --store  of twenty seeds, how many diverge? results/digits_seeds.json
 
@@ -12,6 +13,7 @@ the shares fluctuate as they do in 500 independent draws.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import platform
@@ -22,9 +24,11 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
+from shipping import about, ship
 from sklearn.neural_network import MLPClassifier
 
 from ebm_lit import TrainConfig, __version__, digits, generate, train
+from ebm_lit.energy import count_parameters
 from ebm_lit.training import DivergenceError, resolve_device
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -116,6 +120,21 @@ def count_diverged(seeds: range, store: bool) -> None:
             path.write_text(text, encoding="utf-8")
 
 
+def ship_default() -> None:
+    """Train seed 0 of the default configuration and write it into the package, with its card."""
+    config, x, panel, began = TrainConfig(), digits("train")[0], judges(), time.perf_counter()
+    state = train(x, config, progress=False)
+    seconds, lengths = round(time.perf_counter() - began, 1), {}
+    for n_steps in (config.sample_steps, 10 * config.sample_steps):
+        samples = generate(state, 500, n_steps, generator=torch.Generator().manual_seed(1000)).x
+        lengths[str(n_steps)] = {k: round(v, 4) for k, v in judged(samples.flatten(1).numpy(), panel).items()}
+    shape = {"shape": list(state.shape), "width": config.width, "hidden": config.hidden}
+    network = {"class": "EnergyCNN", **shape, "parameters": count_parameters(state.energy)}
+    card = {"network": network, "seed": 0, "command": "python benchmarks/digits_quality.py --ship"}
+    card |= {"config": dataclasses.asdict(config), **about("digits", x)}
+    ship("digits", state.ema.module, card, {"train_seconds": seconds, "lengths": lengths})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, help="how many seeds: 10, or 20 with --diverged")
@@ -127,8 +146,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="8×8 images are too small to share among cores")
     parser.add_argument("--store", action="store_true", help="write benchmarks/results/digits_quality*.json")
+    parser.add_argument("--ship", action="store_true", help="write seed 0 and its card into the package instead")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.ship:
+        return ship_default()
     seeds = range(args.first, args.first + (args.seeds or (20 if args.diverged else 10)))
     if args.diverged:
         return count_diverged(seeds, args.store)

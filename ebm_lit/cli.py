@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['USER_ERRORS', 'DATASETS', 'CHECKPOINT', 'SPLITS', 'Features', 'Command', 'Group', 'main', 'Shape', 'Numbers',
            'setting_options', 'read_json', 'settings_from', 'data_from', 'load_data', 'grid_png', 'history_csv',
-           'write_run', 'stop_on_interrupt', 'Report', 'cpu_threads', 'alone_in', 'train_command', 'open_run',
-           'sample_command', 'energy_command', 'EvaluationData', 'evaluation_data', 'default_data', 'feature_maps',
-           'judge_samples', 'judge_copies', 'judge_chains', 'judge_outliers', 'judge_likelihood', 'evaluation_png',
-           'evaluate_command', 'evaluate_run', 'info_command']
+           'write_run', 'stop_on_interrupt', 'Report', 'cpu_threads', 'alone_in', 'train_command', 'is_shipped',
+           'folder_beside', 'open_run', 'sample_command', 'energy_command', 'EvaluationData', 'evaluation_data',
+           'default_data', 'feature_maps', 'judge_samples', 'judge_copies', 'judge_chains', 'judge_outliers',
+           'judge_likelihood', 'evaluation_png', 'evaluate_command', 'evaluate_run', 'info_command']
 
 # %% ../nbs/toolkit/cli.ipynb #e9ced819
 import csv
@@ -54,6 +54,7 @@ from ebm_lit.evaluation import (
     real_floor,
 )
 from .langevin import NonFiniteError, uniform_init
+from .pretrained import MODELS, RECIPES, DigitClassifier, load_pretrained, model_card
 from ebm_lit.training import (
     CheckpointError,
     DivergenceError,
@@ -192,15 +193,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def settings_from(
     values: dict[str, Any],  # from a file: plain settings, or the `config.json` of an earlier run
     options: dict[str, Any],  # from the command line; None where an option was not given
+    data: str = "",  # what is trained on; its recipe, if there is one, gives the defaults
 ) -> TrainConfig:
-    """Defaults, then the file, then the options: the later wins. Raises `ValueError` for a wrong setting."""
+    """The recipe of the data, then the file, then the options: the later wins. Raises `ValueError` for a wrong setting."""
     stored = values.get("config", values)
     if stored is not values and not values.keys() <= {"data", "shape", "config"}:
         raise ValueError(f"a file with a config may name data and shape besides, got {', '.join(map(repr, values))}")
     if not isinstance(stored, dict):
         raise ValueError(f"config: expected a JSON object of settings, got {type(stored).__name__}")
     given = {k: None if v == "none" else v for k, v in options.items() if v is not None}
-    return TrainConfig.from_dict({**stored, **given})
+    recipe = dataclasses.asdict(RECIPES.get(data, TrainConfig()))
+    return TrainConfig.from_dict({**recipe, **stored, **given})
 
 
 def data_from(
@@ -357,7 +360,7 @@ def _old_run(folder: Path, device: torch.device) -> tuple[Tensor, TrainState]:
 
 # %% ../nbs/toolkit/cli.ipynb #0edcd61a
 @main.command("train")
-@click.option("--data", help="digits, mnist, fashion_mnist, kmnist or a folder of images.  [default: digits]")
+@click.option("--data", help="digits, mnist, fashion_mnist, kmnist or a folder of images; mnist has its own recipe.  [default: digits]")
 @click.option("--shape", type=Shape(), help="Crop and scale the images of a folder to this shape.")
 @click.option("--name", help="Name of the run.  [default: that of the data]")
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Where runs live.")
@@ -389,8 +392,9 @@ def train_command(
             raise CheckpointError(f"{folder}: there is no such folder, and no run to resume")
     else:
         stored = read_json(config) if config else {}
-        settings, (named, asked) = settings_from(stored, options), data_from(stored)
+        named, asked = data_from(stored)
         source, shape = data or named or "digits", shape or asked
+        settings = settings_from(stored, options, source)
         x, folder = load_data(source, shape).to(where), runs / (name or Path(source).resolve().name)
         state = init_state(settings, x)
         _check_free(folder)
@@ -444,11 +448,28 @@ def _train(state: TrainState, x: Tensor, folder: Path, checkpoint_every: int) ->
     click.echo(f"samples:    {folder / 'samples.png'}\ncheckpoint: {folder / CHECKPOINT}")
 
 # %% ../nbs/toolkit/cli.ipynb #b466f1c9
+def is_shipped(path: Path) -> bool:
+    """Does this name a model that comes with the package? A file or folder of that name goes first."""
+    return str(path) in MODELS and not path.exists()
+
+
+def folder_beside(
+    path: Path,  # a checkpoint, the folder of a run, or the name of a shipped model
+    name: str,
+) -> Path:
+    """Where results go if nothing else is said: into the run's folder; for a shipped model, to `name`/`model` here."""
+    if is_shipped(path):
+        return Path(name) / path
+    return (path if path.is_dir() else path.parent) / name
+
+
 def open_run(
-    path: Path,  # a checkpoint, or the folder of a run
+    path: Path,  # a checkpoint, the folder of a run, or the name of a shipped model
     device: str = "auto",
 ) -> TrainState:
-    """The state in a checkpoint or in the folder of a run. Raises `CheckpointError`."""
+    """The state in a checkpoint or in the folder of a run, or a shipped one. Raises `CheckpointError`."""
+    if is_shipped(path):
+        return load_pretrained(str(path), resolve_device(device))
     return load_checkpoint(path / CHECKPOINT if path.is_dir() else path, resolve_device(device))
 
 
@@ -466,7 +487,7 @@ def sample_command(checkpoint: Path, n: int, steps: int | None, seed: int, out: 
     state = open_run(checkpoint, device)
     generator = torch.Generator(state.history.device).manual_seed(seed)
     chain = generate(state, n, steps, generator, trajectory=10)
-    folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "samples"
+    folder = out or folder_beside(checkpoint, "samples")
     folder.mkdir(parents=True, exist_ok=True)
     energies = evaluate_energy(state.ema, chain.x).detach()
     tensors = {"samples": chain.x.cpu().contiguous(), "energies": energies.cpu()}
@@ -565,6 +586,8 @@ def _checked_data(data: EvaluationData, shape: Sequence[int]) -> EvaluationData:
 # %% ../nbs/toolkit/cli.ipynb #c06e0003
 def default_data(checkpoint: Path, shape: Sequence[int]) -> str:
     """The data that the run's `config.json` names, else the digits. Raises `ValueError` if neither can be right."""
+    if is_shipped(checkpoint):
+        return str(checkpoint)
     config = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
     if config.is_file() and isinstance(name := read_json(config).get("data"), str):
         return name
@@ -595,7 +618,10 @@ def feature_maps(
     mean = flat.mean(0)
     axes = torch.linalg.eigh(torch.cov(flat.T)).eigenvectors[:, -min(32, flat.shape[1]) :]
     found = {f"{axes.shape[1]} principal components": _unit_scale(lambda z: (z.cpu().flatten(1) - mean) @ axes, x)}
-    if data.labels is not None:
+    if data.name == "mnist":
+        judge = DigitClassifier.from_pretrained()
+        found["the shipped judge of digits"] = _unit_scale(lambda z: judge.features(z.cpu()).double(), x)
+    elif data.labels is not None:
         name, features = _classifier(data, seed, n_fit)
         found[name] = _unit_scale(features, x)
     return found
@@ -907,7 +933,7 @@ def evaluate_command(
     report = {"checkpoint": str(checkpoint), "iterations": state.step, "seed": seed, **report}
     report["seconds"] = round(time.perf_counter() - started, 1)
     _say(report)
-    folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "evaluation"
+    folder = out or folder_beside(checkpoint, "evaluation")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "evaluation.json", json.dumps(_plain(report), indent=2, allow_nan=False).encode() + b"\n")
     write_atomically(folder / "evaluation.png", picture)
@@ -962,6 +988,9 @@ def _quantiles(e: Tensor) -> dict[str, float]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info_command(checkpoint: Path, as_json: bool) -> None:
     """Say what is in a checkpoint."""
+    if is_shipped(checkpoint):
+        click.echo(json.dumps(model_card(str(checkpoint)), indent=2, ensure_ascii=False))
+        return
     state = open_run(checkpoint, "cpu")
     last = {k: float(v[-50:].mean()) for k, v in state.metrics.items()} if state.step else {}
     facts = {

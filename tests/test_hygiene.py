@@ -36,6 +36,7 @@ ARROWS = {
     "contrastive_divergence": {"energy", "langevin"},
     "training": {"contrastive_divergence", "energy", "fast", "langevin"},
     "evaluation": {"boltzmann", "energy", "langevin"},
+    "pretrained": {"energy", "evaluation", "training"},
     "widgets": {"boltzmann", "langevin", "plotting"},
     "cli": set(MODULES) - {"cli"},
 }

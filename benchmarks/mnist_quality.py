@@ -1,0 +1,293 @@
+"""Quality of the MNIST recipe: train from several seeds, judge chains from uniform noise, change one choice at a time.
+
+    python benchmarks/mnist_quality.py                       one seed, table on standard output
+    python benchmarks/mnist_quality.py --seeds 5 --store     and write benchmarks/results/mnist_quality.json
+    python benchmarks/mnist_quality.py --train-only --first 5 --seeds 5 --store    more seeds: does any diverge?
+    python benchmarks/mnist_quality.py --ablations --store   what happens without each choice (mnist_ablations.json)
+    python benchmarks/mnist_quality.py --ship                seed 0 into the package, with its card
+
+Samples are 2,000 chains of the averaged network from uniform noise at the nominal length; 500 of them go on, to ten
+times that length. They are compared with equally many real images that neither the model nor the judge has seen: the
+10,000 test images and the last 10,000 training images, which the recipe leaves out. The floor is the same distance
+between real images.
+"""
+
+import argparse
+import base64
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mnist_judge import N_SEEN
+from PIL import Image
+from shipping import about, ship
+from torch import Tensor
+from torch.func import functional_call
+
+from ebm_lit import training
+from ebm_lit.contrastive_divergence import cd_loss
+from ebm_lit.data import mnist
+from ebm_lit.energy import count_parameters
+from ebm_lit.pretrained import RECIPES, judge_digits
+from ebm_lit.training import DivergenceError, TrainConfig, TrainState, generate, resolve_device, train, write_atomically
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RECIPE = RECIPES["mnist"]
+
+# Ablations are compared with the recipe at this length, so that all of them take an hour on two cores.
+SHORTER = {"n_iterations": 2500, "sample_steps": 1000}
+
+# What happens without each choice: a name for the table, and what is set instead (no setting of that name: a trick).
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "the recipe": {},
+    "twice the batch, half the updates": {"batch_size": 128, "n_iterations": 1250},
+    "twice the width": {"width": 32, "hidden": 128},
+    "learning rate 0.001": {"learning_rate": 0.001},
+    "learning rate 0.01": {"learning_rate": 0.01},
+    "constant learning rate": {"schedule": "constant"},
+    "5 steps instead of 10": {"n_steps": 5},
+    "η = 1": {"step_size": 1.0},
+    "σ = 0.03 (cold)": {"noise_scale": 0.03, "data_noise": 0.03},
+    "σ falls from 0.16 to 0.04": {"noise_scale": 0.16, "anneal": 0.04},
+    "no noise on the data": {"data_noise": 0.0},
+    "young chains: restart with 5 %": {"reinit_age": None, "reinit_prob": 0.05},
+    "young chains: 8,192 slots": {"buffer_size": 8192},
+    "old chains: never restart": {"reinit_age": None, "reinit_prob": 0.0},
+    "without the regulariser": {"alpha": 0.0},
+    "without averaging": {"ema_decay": 0.0},
+    "with the neglected term": {"kl": 1.0},
+    "with a gradient penalty": {"gradient_penalty": 0.1},
+}
+
+
+def data() -> tuple[Tensor, Tensor]:
+    """What a model may see, and 20,000 images that it may not."""
+    x, held_out = mnist("train")[0], mnist("test")[0]
+    return x[:N_SEEN], torch.cat([x[N_SEEN:], held_out])
+
+
+def facts(x: Tensor, real: Tensor) -> dict[str, Any]:
+    """The judge's words about samples, rounded, as plain numbers."""
+    r = judge_digits(x, real)
+    found = {"n": r.n, "frechet": r.frechet, "floor": r.floor, "over_floor": r.ratio, "confident": r.confident}
+    found |= {"smallest_class": float(r.shares.min()), "largest_class": float(r.shares.max())}
+    found |= {"shares": r.shares.tolist(), "precision": r.precision, "recall": r.recall}
+    return {k: [round(i, 4) for i in v] if isinstance(v, list) else round(v, 4) for k, v in found.items()}
+
+
+def strip(x: Tensor) -> str:
+    """Images (n, 1, 28, 28) in a row as PNG, in base64."""
+    row = ((x[:, 0].permute(1, 0, 2).reshape(28, -1) + 1) * 127.5).clamp(0, 255).round().byte().numpy()
+    file = io.BytesIO()
+    Image.fromarray(row).quantize(16).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def lengths(
+    state: TrainState, real: Tensor, n: int, n_long: int, factor: int, seed: int
+) -> tuple[dict[str, Any], str]:  # what the judge says by length, and a picture of eight chains at each length
+    """Chains of the nominal length; the first of them go on, to a multiple of it."""
+    sampler, network, steps = state.config.sampler, state.ema.module, state.config.sample_steps
+    generator = torch.Generator(state.history.device).manual_seed(1000 + seed)
+    began = time.perf_counter()
+    parts = generate(state, n, 0, generator).x.split(1000)
+    x = torch.cat([sampler.sample(network, part, steps, generator) for part in parts])
+    seconds = time.perf_counter() - began
+    few = sampler.sample(network, x[:n_long], (factor - 1) * steps, generator)
+    thousand = facts(x[:1000], real)
+    rows = {
+        str(steps): {
+            "seconds": round(seconds, 1),
+            **facts(x, real),
+            "first_1000": {k: thousand[k] for k in ("confident", "smallest_class")},
+            "frechet_of_the_few": facts(x[:n_long], real)["frechet"],
+        },
+        str(factor * steps): facts(few, real),
+    }
+    return rows, strip(torch.cat([x[:8], few[:8]]).cpu())
+
+
+Extra = Callable[[TrainState, Tensor, Tensor], Tensor]  # (state, x_pos, x_neg) -> a further term of the loss
+
+
+def step_with(extra: Extra) -> Callable[[TrainState, Tensor], None]:
+    """`train_step` with one more term in its loss."""
+
+    @torch.enable_grad()
+    def step(state: TrainState, x_data: Tensor) -> None:
+        cfg, energy = state.config, state.energy
+        x_pos = training.draw_data(state, x_data)
+        x_neg = training.draw_negatives(state, x_pos)
+        e_pos, e_neg = energy(torch.cat([x_pos, x_neg])).split(cfg.batch_size)
+        loss = cd_loss(e_pos, e_neg, cfg.alpha)
+        state.optimizer.zero_grad()
+        (loss.loss + extra(state, x_pos, x_neg)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(energy.parameters(), cfg.weight_grad_clip)
+        for group in state.optimizer.param_groups:
+            group["lr"] = training.learning_rate(cfg, state.step)
+        state.optimizer.step()
+        state.ema.update_parameters(energy)
+        saturation = (x_neg.abs() >= 1).float().mean()
+        training._record(state, loss.loss, loss.energy_gap, e_pos.mean(), e_neg.mean(), norm, saturation)
+        state.step += 1
+
+    return step
+
+
+def neglected_term(weight: float) -> Extra:
+    """Mean energy of the negatives after one more step that is differentiated through, under weights held fixed.
+
+    Contrastive divergence leaves it out. Source: Du, Li, Tenenbaum & Mordatch 2021, section 3.
+    """
+
+    def extra(state: TrainState, x_pos: Tensor, x_neg: Tensor) -> Tensor:
+        x, cfg = x_neg.clone().requires_grad_(True), state.config
+        (grad,) = torch.autograd.grad(state.energy(x).sum(), x, create_graph=True)
+        noise = cfg.noise_scale * torch.randn(x.shape, generator=state.generator)
+        moved = (x - cfg.step_size * grad + noise).clamp(-1, 1)
+        fixed = {name: p.detach() for name, p in state.energy.named_parameters()}
+        return weight * functional_call(state.energy, fixed, (moved,)).mean()
+
+    return extra
+
+
+def gradient_penalty(weight: float) -> Extra:
+    """Mean of ‖∇ₓE‖² at the data: a smoother energy."""
+
+    def extra(state: TrainState, x_pos: Tensor, x_neg: Tensor) -> Tensor:
+        x = x_pos.clone().requires_grad_(True)
+        (grad,) = torch.autograd.grad(state.energy(x).sum(), x, create_graph=True)
+        return weight * grad.square().flatten(1).sum(1).mean()
+
+    return extra
+
+
+def annealing(first: float, last: float) -> Callable[[TrainState], None]:
+    """A callback that lets σ, of the chains and of the data's noise, fall by a constant factor."""
+
+    def callback(state: TrainState) -> None:
+        sigma = first * (last / first) ** (state.step / state.config.n_iterations)
+        state.config = dataclasses.replace(state.config, noise_scale=sigma, data_noise=sigma)
+
+    return callback
+
+
+@contextmanager
+def tricks(changes: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[Callable[[TrainState], None]]]]:
+    """Split changes into settings and callbacks, with what needs another training step in force."""
+    settings, callbacks = dict(changes), []
+    step, rate = training.train_step, training.learning_rate
+    for name, term in (("kl", neglected_term), ("gradient_penalty", gradient_penalty)):
+        if (weight := settings.pop(name, None)) is not None:
+            training.train_step = step_with(term(weight))
+    if settings.pop("schedule", None) == "constant":
+        training.learning_rate = lambda c, s: c.learning_rate * min(1.0, (s + 1) / c.warmup)
+    if (last := settings.pop("anneal", None)) is not None:
+        callbacks.append(annealing(settings["noise_scale"], last))
+    try:
+        yield settings, callbacks
+    finally:
+        training.train_step, training.learning_rate = step, rate
+
+
+def one_seed(
+    config: TrainConfig,
+    x: Tensor,
+    real: Tensor,
+    n: int,
+    n_long: int,
+    factor: int = 10,
+    callbacks: Sequence[Callable[[TrainState], None]] = (),
+) -> tuple[dict[str, Any], TrainState | None]:
+    """Train, then judge; a run that diverges is a result, too."""
+    began = time.perf_counter()
+    try:
+        state = train(x, config, callbacks=callbacks, progress=False)
+    except DivergenceError as error:
+        return {"seed": config.seed, "diverged": str(error)}, None
+    row: dict[str, Any] = {"seed": config.seed, "train_seconds": round(time.perf_counter() - began, 1)}
+    if n:
+        row["lengths"], row["picture"] = lengths(state, real, n, n_long, factor, config.seed)
+    return row, state
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    """One line for each length."""
+    if "diverged" in row:
+        print(f"| {name} | {row['diverged']} |", flush=True)
+    for steps, q in row.get("lengths", {}).items():
+        print(
+            f"| {name} | {row['train_seconds']:.0f} | {steps} | {q['frechet']:.1f} | {q['over_floor']:.2f} | "
+            f"{q['confident']:.3f} | {q['smallest_class']:.3f} | {q['precision']:.2f} | {q['recall']:.2f} |",
+            flush=True,
+        )
+    if not row.get("lengths") and "diverged" not in row:
+        print(f"| {name} | {row['train_seconds']:.0f} | not judged |", flush=True)
+
+
+def merge(path: Path, setting: dict[str, Any], rows: list[dict[str, Any]], key: str) -> None:
+    """Add rows to the stored ones; those of another recipe are dropped."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = old.get("runs", []) if old.get("recipe") == setting["recipe"] else []
+    new = {row[key]: row for row in rows}
+    merged = [row for row in kept if row[key] not in new] + rows
+    order = list(ABLATIONS)
+    merged.sort(key=lambda row: order.index(row[key]) if row[key] in order else row[key])
+    RESULTS.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps({**setting, "runs": merged}, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--n", type=int, default=2000, help="how many chains")
+    parser.add_argument("--train-only", action="store_true", help="only see whether a seed diverges")
+    parser.add_argument("--ablations", nargs="*", help="take choices away instead: all, or those named")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--store", action="store_true", help="write benchmarks/results/mnist_*.json")
+    parser.add_argument("--ship", action="store_true", help="write the weights of the first seed into the package")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
+    seen, real = data()
+    seen = seen.to(device)
+    setting = {"recipe": dataclasses.asdict(RECIPE), "data": "the first 50,000 training images", **about("mnist", seen)}
+    setting["machine"]["device"] = device.type if device.type == "cpu" else torch.cuda.get_device_name(device)
+    print("| run | train s | steps | Fréchet | over floor | confident | smallest class | precision | recall |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    if args.ablations is not None:
+        for name in args.ablations or ABLATIONS:
+            with tricks(SHORTER | ABLATIONS[name]) as (settings, callbacks):
+                config = dataclasses.replace(RECIPE, **settings)
+                row, _ = one_seed(config, seen, real, 500, 300, 5, callbacks)
+            show(name, row)
+            if args.store:
+                full = {**setting, "shorter": SHORTER}
+                merge(RESULTS / "mnist_ablations.json", full, [{"name": name, "set": ABLATIONS[name], **row}], "name")
+        return
+    for seed in range(args.first, args.first + args.seeds):
+        config = dataclasses.replace(RECIPE, seed=seed)
+        row, state = one_seed(config, seen, real, 0 if args.train_only else args.n, 500)
+        show(f"seed {seed}", row)
+        if args.store:
+            merge(RESULTS / "mnist_quality.json", setting, [row], "seed")
+        if args.ship and seed == args.first and state is not None:
+            shape = {"shape": [1, 28, 28], "width": config.width, "hidden": config.hidden}
+            network = {"class": "EnergyCNN", **shape, "parameters": count_parameters(state.energy)}
+            card = {"network": network, "seed": seed, "command": "python benchmarks/mnist_quality.py --ship"}
+            card |= {"config": dataclasses.asdict(config), **about("mnist", seen)}
+            metrics = {"train_seconds": row["train_seconds"], "lengths": row["lengths"]}
+            ship("mnist", state.ema.module, card, metrics)
+
+
+if __name__ == "__main__":
+    main()
