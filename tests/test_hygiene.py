@@ -40,7 +40,7 @@ ARROWS = {
     "widgets": {"boltzmann", "langevin", "plotting"},
     "cli": set(MODULES) - {"cli"},
 }
-FLIP_BOOKS = ("00_boltzmann", "02_langevin", "03_contrastive_divergence", "04_training")
+FLIP_BOOKS = ("00_boltzmann", "02_langevin", "03_contrastive_divergence", "04_training", "05_mnist")
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS)
 every_module = pytest.mark.parametrize("name", MODULES)
