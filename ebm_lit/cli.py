@@ -195,7 +195,7 @@ def settings_from(
     options: dict[str, Any],  # from the command line; None where an option was not given
     data: str = "",  # what is trained on; its recipe, if there is one, gives the defaults
 ) -> TrainConfig:
-    """The recipe of the data, then the file, then the options: the later wins. Raises `ValueError` for a wrong setting."""
+    """The recipe of the data, the file, the options: the later wins. Raises `ValueError` for a wrong setting."""
     stored = values.get("config", values)
     if stored is not values and not values.keys() <= {"data", "shape", "config"}:
         raise ValueError(f"a file with a config may name data and shape besides, got {', '.join(map(repr, values))}")
@@ -360,7 +360,9 @@ def _old_run(folder: Path, device: torch.device) -> tuple[Tensor, TrainState]:
 
 # %% ../nbs/toolkit/cli.ipynb #0edcd61a
 @main.command("train")
-@click.option("--data", help="digits, mnist, fashion_mnist, kmnist or a folder of images; mnist has its own recipe.  [default: digits]")
+@click.option(
+    "--data", help="digits, mnist (with settings of its own), fashion_mnist, kmnist or a folder.  [default: digits]"
+)
 @click.option("--shape", type=Shape(), help="Crop and scale the images of a folder to this shape.")
 @click.option("--name", help="Name of the run.  [default: that of the data]")
 @click.option("--runs", type=click.Path(path_type=Path), default="runs", show_default=True, help="Where runs live.")

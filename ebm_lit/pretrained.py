@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'MODELS', 'model_card', 'load_pretrained', 'DigitClassifier', 'DigitReport', 'judge_digits']
 
-# %% ../nbs/toolkit/pretrained.ipynb #ce5de393
-from collections.abc import Sequence
+# %% ../nbs/toolkit/pretrained.ipynb #c5bb22a3
 from typing import Any, NamedTuple
 
 import torch
