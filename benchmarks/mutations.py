@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -129,7 +130,8 @@ class Recorder:
         if self.facts["caught_by"] is None:
             crash = getattr(report.longrepr, "reprcrash", None)
             said = crash.message if crash else str(report.longrepr)
-            self.facts |= {"caught_by": report.nodeid, "said": said.strip().split("\n")[0][:160]}
+            said = re.sub(rf"{re.escape(tempfile.gettempdir())}\S*", "<a temporary file>", said.strip().split("\n")[0])
+            self.facts |= {"caught_by": report.nodeid, "said": said[:160]}
 
 
 def _child(tree: Path, tests: Sequence[str], options: Sequence[str], answer: Path) -> None:

@@ -13,6 +13,7 @@ What is stored is already as `nbdev_clean` leaves it.
 
 import argparse
 import ast
+import base64
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ebm_lit"
+LARGE_PNG = 100_000  # characters of base64, above which a stored picture keeps 64 colours
 CELL_TIMEOUT = 1800  # seconds; a chapter is meant to take less than two minutes
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\d+%\||\d+it \[|\bit/s\b|\bs/it\b")
@@ -150,6 +152,18 @@ def lines_of(value: Any) -> list[str]:
     return CELL_FILE.sub("<cell>", ADDRESS.sub(r"\1\3", text)).splitlines(keepends=True)
 
 
+def slim(png: str) -> str:
+    """A large picture (base64 of a PNG file) with at most 64 colours: a fraction of its bytes, and hardly another one."""
+    if len(png) <= LARGE_PNG:
+        return png
+    from PIL import Image
+
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+        picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return min(png, base64.b64encode(file.getvalue()).decode(), key=len)
+
+
 def clean_output(output: dict[str, Any]) -> dict[str, Any] | None:
     """One output as it is stored; None for progress noise and for widgets, which live in a kernel only."""
     if output["output_type"] == "stream":
@@ -160,7 +174,7 @@ def clean_output(output: dict[str, Any]) -> dict[str, Any] | None:
         if mime.startswith("text") or mime == "image/svg+xml":
             data[mime] = lines_of(value)
         elif mime.startswith("image"):
-            data[mime] = value.rstrip()
+            data[mime] = slim(value.rstrip()) if mime == "image/png" else value.rstrip()
         elif mime != WIDGET_VIEW:
             data[mime] = value
     if not data or (WIDGET_VIEW in output["data"] and set(data) == {"text/plain"}):

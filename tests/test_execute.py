@@ -1,11 +1,15 @@
 """nbs/execute.py: what it stores, and when it says that stored outputs belong to other code."""
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import execute
+import numpy as np
 import pytest
+from PIL import Image
 
 
 def notebook(*codes: str) -> dict[str, Any]:
@@ -91,3 +95,20 @@ def test_library_hash_sees_statements_only(tmp_path: Path, monkeypatch: pytest.M
     assert execute.library_hash(nb) == first, "comments, docstrings and strangers do not count"
     (package / "low.py").write_text("def f():\n    return 2\n")
     assert execute.library_hash(nb) != first, "what an imported module imports counts"
+
+
+def test_large_pictures_are_stored_with_fewer_colours() -> None:
+    """Noise in colour shrinks and stays the same picture to the eye; a small picture is not touched."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+
+    def png(values: np.ndarray) -> str:
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, "PNG")
+        return base64.b64encode(file.getvalue()).decode()
+
+    large, small = png(pixels), png(pixels[:20, :20])
+    slim = execute.slim(large)
+    assert execute.slim(small) == small and len(slim) < len(large) / 2
+    kept = np.asarray(Image.open(io.BytesIO(base64.b64decode(slim))).convert("RGB")).astype(float)
+    assert kept.shape == pixels.shape and np.abs(kept - pixels).mean() < 40
+    assert len(np.unique(kept.reshape(-1, 3), axis=0)) <= 64
