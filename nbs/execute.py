@@ -153,7 +153,7 @@ def lines_of(value: Any) -> list[str]:
 
 
 def slim(png: str) -> str:
-    """A large picture (base64 of a PNG file) with at most 64 colours: a fraction of its bytes, and hardly another one."""
+    """A large picture (base64 of a PNG file) with at most 64 colours: a fraction of its bytes, hardly another one."""
     if len(png) <= LARGE_PNG:
         return png
     from PIL import Image
