@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Init', 'Reinit', 'CDLoss', 'cd_loss', 'negatives_from_data', 'negatives_from_noise', 'Draw', 'ReplayBuffer',
-           'negatives_from_buffer', 'reinit_by_age']
+           'negatives_from_buffer', 'walk_buffer', 'reinit_by_age']
 
 # %% ../nbs/03_contrastive_divergence.ipynb #8c5f1a07
 from collections.abc import Callable
@@ -176,15 +176,28 @@ def negatives_from_buffer(
     reinit_prob: Reinit = 0.0,  # probability that a chain starts afresh, or a function of its age
     generator: torch.Generator | None = None,  # on the buffer's device
 ) -> Tensor:  # (n, *shape), detached
-    """PCD: chains that persist in a buffer.
+    """PCD: chains that persist in a buffer; a sampler that anneals is told their ages.
 
     Raises what `ReplayBuffer.draw` and `Langevin.run` raise; the buffer is then as it was. Source: Younes 1989;
     Tieleman 2008, "Training restricted Boltzmann machines using approximations to the likelihood gradient".
     """
+    return walk_buffer(sampler, energy, buffer, n, init, reinit_prob, generator).x
+
+
+def walk_buffer(
+    sampler: Langevin,
+    energy: Energy,
+    buffer: ReplayBuffer,  # changed in place
+    n: int,
+    init: Init,
+    reinit_prob: Reinit = 0.0,
+    generator: torch.Generator | None = None,
+) -> Draw:  # where the chains are kept, where they are now, and how old
+    """`negatives_from_buffer`, which also says how old each negative is."""
     draw = buffer.draw(n, init, reinit_prob, generator)
-    x = sampler.sample(energy, draw.x, generator=generator)
+    x = sampler.sample(energy, draw.x, generator=generator, ages=draw.ages)
     buffer.write(draw, x, sampler.n_steps)
-    return x
+    return Draw(draw.slots, x, draw.ages + sampler.n_steps)
 
 # %% ../nbs/03_contrastive_divergence.ipynb #99be76f0
 def reinit_by_age(

@@ -182,9 +182,9 @@ class _Records:
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.rows = torch.zeros(math.ceil(n_steps / self.stride), 5, device=x.device, dtype=dtype)
 
-    def add(self, k: int, energy: Tensor, grad: Tensor, x_next: Tensor) -> None:
+    def add(self, k: int, energy: Tensor, grad: Tensor, x_next: Tensor, sigma: float | Tensor) -> None:
         if k % self.stride == 0:
-            self.rows[k // self.stride] = torch.stack(_row(self.sampler, energy, grad, x_next))
+            self.rows[k // self.stride] = torch.stack(_row(self.sampler, energy, grad, x_next, sigma))
 
     def result(self) -> Diagnostics:
         steps = torch.arange(len(self.rows), device=self.rows.device) * self.stride
@@ -192,15 +192,17 @@ class _Records:
         return Diagnostics(steps, e, grad_norm, clip_rate, saturation, ratio, self.sampler.implied_temperature)
 
 
-def _row(sampler: "Langevin", energy: Tensor, grad: Tensor, x_next: Tensor) -> list[Tensor]:
+def _row(
+    sampler: "Langevin", energy: Tensor, grad: Tensor, x_next: Tensor, sigma: float | Tensor
+) -> list[Tensor]:
     """One record, as scalars: energy, gradient norm, clip rate, saturation rate, drift-to-noise ratio."""
     none, dtype = torch.zeros_like(grad), torch.promote_types(grad.dtype, torch.float32)
     clip, bounds = sampler.grad_clip, sampler.bounds
     clipped = none if clip is None else grad.abs() > clip
     on_bounds = none if bounds is None else (x_next <= bounds[0]) | (x_next >= bounds[1])
     drift = sampler.step_size * _norms(sampler.clip(grad)).mean(dtype=dtype)
-    noise = sampler.sigma * math.sqrt(grad[0].numel())
-    ratio = drift / noise if noise > 0 else torch.full_like(drift, math.inf)
+    noise = torch.as_tensor(sigma, device=drift.device, dtype=dtype).mean() * math.sqrt(grad[0].numel())
+    ratio = torch.where(noise > 0, drift / noise, math.inf)
     means = [t.mean(dtype=dtype) for t in (energy, _norms(grad), clipped.to(dtype), on_bounds.to(dtype))]
     return [*means, ratio]
 
@@ -224,6 +226,12 @@ def _check_settings(s: "Langevin") -> None:
         raise ValueError(f"bounds must be (low, high) with low < high, or None, got {s.bounds}")
     if s.accelerate not in get_args(Mode):
         raise ValueError(f"accelerate must be one of {get_args(Mode)}, got {s.accelerate!r}")
+    whole = isinstance(s.anneal_steps, int) and s.anneal_steps >= 0
+    if not whole or (s.noise_start is None) != (s.anneal_steps == 0):
+        given = f"noise_start={s.noise_start} and anneal_steps={s.anneal_steps}"
+        raise ValueError(f"noise_start and anneal_steps > 0 (a whole number) belong together, got {given}")
+    if s.noise_start is not None and not (math.inf > s.noise_start >= s.sigma > 0):
+        raise ValueError(f"noise_start must be finite and at least σ = {s.sigma:g} > 0, got {s.noise_start}")
     if s.gradient_dtype is not None and not s.gradient_dtype.is_floating_point:
         raise ValueError(f"gradient_dtype must be a floating-point dtype or None, got {s.gradient_dtype}")
     _check_count("n_steps", s.n_steps)
@@ -234,12 +242,19 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a whole number >= 0, got {value}")
 
 
-def _check_chain(x_init: Tensor, generator: torch.Generator | None) -> None:
+def _check_chain(x_init: Tensor, generator: torch.Generator | None, ages: int | Tensor = 0) -> None:
     if not isinstance(x_init, Tensor) or not x_init.is_floating_point() or x_init.ndim < 2 or x_init.numel() == 0:
         got = f"{tuple(x_init.shape)} {x_init.dtype}" if isinstance(x_init, Tensor) else type(x_init).__name__
         raise ValueError(f"x_init must be a non-empty floating-point tensor (B, *shape), got {got}")
     if generator is not None and not _same_device(generator.device, x_init.device):
         raise ValueError(f"generator is on {generator.device}, x_init on {x_init.device}; they must be on one device")
+    if isinstance(ages, Tensor):
+        fits = ages.shape == x_init.shape[:1] and not ages.is_floating_point() and ages.device == x_init.device
+        if not fits:
+            got = f"{tuple(ages.shape)} {ages.dtype} on {ages.device}"
+            raise ValueError(f"ages must be whole numbers ({len(x_init)},) beside x_init, got {got}")
+    else:
+        _check_count("ages", ages)
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:
@@ -249,8 +264,9 @@ def _same_device(a: torch.device, b: torch.device) -> bool:
 class _Track:
     """The next m steps of B chains, on buffers that stay in place."""
 
-    def __init__(self, sampler: "Langevin", energy: Energy, x: Tensor, n_steps: int) -> None:
-        self.sampler, self.energy = sampler, energy
+    def __init__(self, sampler: "Langevin", energy: Energy, x: Tensor, n_steps: int, ages: int | Tensor = 0) -> None:
+        self.sampler, self.energy, self.sigma = sampler, energy, sampler.sigma
+        self.ages = torch.as_tensor(ages, device=x.device).expand(len(x)) if sampler.anneal_steps else None
         self.replay: Callable[[], None] | None = None  # the m steps as one CUDA graph
         self.plain = type(sampler).step is Langevin.step  # a subclass may move in a way of its own
         self.m = _steps_at_once(x, n_steps) if self.plain else 1
@@ -273,12 +289,22 @@ class _Track:
         """(B, *shape), where the chains are."""
         return self.state if self.engine is None else self.state.flatten(0, 1)
 
-    def draw(self, count: int, generator: torch.Generator | None) -> None:
+    def draw(self, first: int, count: int, generator: torch.Generator | None) -> None:
+        """The noise of the steps first, …, first + count − 1."""
         drawn, self.generator = self.drawn[:count], generator
+        if self.ages is not None:
+            steps = torch.arange(first, first + count, device=self.ages.device)[:, None]
+            self.sigma = self.sampler.sigma_at(self.ages + steps).to(drawn.dtype)  # (count, B)
         if self.plain:
             torch.randn(drawn.shape, generator=generator, dtype=drawn.dtype, device=drawn.device, out=drawn)
-            noise = self.noise[:count]
-            torch.mul(drawn.view_as(noise), self.sampler.sigma, out=noise)
+            noise, sigma = self.noise[:count], self.sigma
+            if isinstance(sigma, Tensor):
+                sigma = sigma.view(*noise.shape[: noise.ndim - drawn.ndim + 2], *[1] * (drawn.ndim - 2))
+            torch.mul(drawn.view_as(noise), sigma, out=noise)
+
+    def sigma_of(self, i: int) -> float | Tensor:
+        """σ of step i of those drawn: one number, or (B,)."""
+        return self.sigma[i] if isinstance(self.sigma, Tensor) else self.sigma
 
     def step(self, i: int) -> tuple[Tensor, Tensor]:
         s, engine = self.sampler, self.engine
@@ -290,7 +316,8 @@ class _Track:
             if s.bounds is not None:
                 self.state.clamp_(*s.bounds)
         else:
-            self.state.copy_(s.step(self.state, grad, self.generator))
+            noise = {} if self.ages is None else {"sigma": self.sigma_of(i)}
+            self.state.copy_(s.step(self.state, grad, self.generator, **noise))
         return e, grad
 
 
@@ -328,6 +355,7 @@ class Langevin:
 
     Give `temperature` (σ = √(2ηT)) or `noise_scale` (σ; the T it implies is reported); neither means T = 1.
     `grad_clip` clamps every coordinate of ∇E to ±c, `bounds` clamps x after each step: both change the target.
+    With `noise_start` and `anneal_steps` a chain begins hot: its σ falls from the one to σ within so many steps.
     Raises `ValueError` for settings out of range and for both noises at once.
     Source: Roberts & Tweedie 1996, "Exponential convergence of Langevin distributions and their discrete
     approximations", the unadjusted Langevin algorithm (ULA).
@@ -341,6 +369,8 @@ class Langevin:
     bounds: tuple[float, float] | None = None  # (low, high)
     accelerate: Mode = "auto"  # auto: a gradient without autograd where we have one; compile: torch.compile; off
     gradient_dtype: torch.dtype | None = None  # of the accelerated gradient's arithmetic; None: that of x
+    noise_start: float | None = None  # σ of a chain of age 0, in units of x; None: σ from the start
+    anneal_steps: int = 0  # age from which on it is σ
 
     def __post_init__(self) -> None:
         _check_settings(self)
@@ -357,6 +387,18 @@ class Langevin:
         """T = σ²/(2η), whichever of the two was given."""
         return implied_temperature(self.step_size, self.sigma)
 
+    def sigma_at(
+        self,
+        ages: Tensor,  # steps that chains have made, any shape
+    ) -> Tensor:  # same shape
+        """The noise of the next step at these ages: noise_start·(σ/noise_start)^(age/anneal_steps), σ from there on.
+
+        Temperature is its square over 2η. Source: Kirkpatrick, Gelatt & Vecchi 1983, "Optimization by simulated
+        annealing"; for Langevin chains on images, Song & Ermon 2019.
+        """
+        start = self.sigma if self.noise_start is None else self.noise_start
+        return start * (self.sigma / start) ** (ages / max(1, self.anneal_steps)).clamp(max=1.0)
+
     def clip(
         self,
         grad: Tensor,  # any shape
@@ -369,10 +411,13 @@ class Langevin:
         x: Tensor,  # (B, *shape), left untouched
         grad: Tensor,  # ∇ₓE(x), same shape
         generator: torch.Generator | None = None,  # on the device of `x`
+        sigma: Tensor | None = None,  # (B,) noise of each chain; default: σ
     ) -> Tensor:  # (B, *shape)
         """One move: clip the gradient, step, clamp to the bounds."""
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = langevin_step(x, self.clip(grad), self.step_size, self.sigma, noise)
+        if sigma is not None:
+            noise *= sigma.view(-1, *[1] * (x.ndim - 1))
+        x = langevin_step(x, self.clip(grad), self.step_size, self.sigma if sigma is None else 1.0, noise)
         return x if self.bounds is None else x.clamp_(*self.bounds)
 
     def sample(
@@ -381,9 +426,10 @@ class Langevin:
         x_init: Tensor,  # (B, *shape), left untouched
         n_steps: int | None = None,  # default: the sampler's
         generator: torch.Generator | None = None,  # on the device of `x_init`
+        ages: int | Tensor = 0,  # as in `run`
     ) -> Tensor:  # (B, *shape), detached
         """The last states of B parallel chains; errors as in `run`."""
-        return self.run(energy, x_init, n_steps=n_steps, generator=generator).x
+        return self.run(energy, x_init, n_steps=n_steps, generator=generator, ages=ages).x
 
     def run(
         self,
@@ -393,28 +439,29 @@ class Langevin:
         generator: torch.Generator | None = None,  # on the device of `x_init`
         trajectory: int = 0,  # keep about this many states, evenly spaced, first and last included
         diagnostics: bool = False,  # keep `Diagnostics`
+        ages: int | Tensor = 0,  # steps that the chains made before, together or each (B,): only annealing asks
     ) -> Chain:
         """B parallel chains; leaves no trace on the energy and does not wait for the device inside the loop.
 
-        Raises `ValueError` for an unusable `x_init` or generator, `EnergyShapeError` for an energy that does not return
+        Raises `ValueError` for an unusable `x_init`, generator or ages, `EnergyShapeError` for an energy that does not return
         (B,), and `NonFiniteError` with the first step at which the energy or its gradient was NaN or infinite.
         """
         n = self.n_steps if n_steps is None else n_steps
         _check_count("n_steps", n)
         _check_count("trajectory", trajectory)
-        _check_chain(x_init, generator)
+        _check_chain(x_init, generator, ages)
         network = energy.network if isinstance(energy, Accelerated | Compiled) else energy
         with torch.inference_mode(False), torch.no_grad(), frozen(network):
             start = x_init.detach()
             alarm, film = _Alarm(start, n), _Film(start, n, trajectory)
             records = _Records(self, start, n) if diagnostics else None
             fast, engine = accelerate(energy, start, self.accelerate, self.gradient_dtype)
-            track = _Track(self, fast, start, n)
+            track = _Track(self, fast, start, n, ages)
             if start.is_cuda and isinstance(fast, Accelerated) and track.plain and not trajectory and not diagnostics:
                 engine += _record(track)
             for first in range(0, n, track.m):
                 count = min(track.m, n - first)
-                track.draw(count, generator)
+                track.draw(first, count, generator)
                 if track.replay is not None and count == track.m:
                     track.replay()
                     alarm.read(first, track.sums)
@@ -424,7 +471,7 @@ class Langevin:
                     if trajectory:
                         film.keep(first + i + 1, track.x)
                     if records is not None:
-                        records.add(first + i, e, grad.reshape(start.shape), track.x)
+                        records.add(first + i, e, grad.reshape(start.shape), track.x, track.sigma_of(i))
                 alarm.read(first, track.sums[:count])
             alarm.check(track.x)
             last = track.x.clone(memory_format=torch.contiguous_format)  # never a buffer of an engine

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Start', 'OnDivergence', 'METRICS', 'Callback', 'FORMAT', 'TrainConfig', 'learning_rate', 'Snapshot', 'Rollback',
            'TrainState', 'check_data', 'hash_data', 'resolve_device', 'build_energy', 'init_state', 'draw_data',
-           'draw_negatives', 'train_step', 'DivergenceError', 'check_health', 'train', 'generate', 'CheckpointError',
-           'write_atomically', 'save_checkpoint', 'lock_checkpoint', 'remove_leftovers', 'open_regular', 'plain_json',
-           'read_checkpoint', 'load_checkpoint', 'snapshot', 'roll_back']
+           'Negatives', 'draw_negatives', 'match_noise', 'train_step', 'DivergenceError', 'check_health', 'train',
+           'generate', 'CheckpointError', 'write_atomically', 'save_checkpoint', 'lock_checkpoint', 'remove_leftovers',
+           'open_regular', 'plain_json', 'read_checkpoint', 'load_checkpoint', 'snapshot', 'roll_back']
 
 # %% ../nbs/04_training.ipynb #f2963e0f
 import dataclasses
@@ -40,10 +40,10 @@ from ebm_lit.contrastive_divergence import (
     Reinit,
     ReplayBuffer,
     cd_loss,
-    negatives_from_buffer,
     negatives_from_data,
     negatives_from_noise,
     reinit_by_age,
+    walk_buffer,
 )
 from .energy import Energy, EnergyCNN, EnergyMLP, evaluate_energy
 from .fast import Mode, accelerate
@@ -108,6 +108,8 @@ class TrainConfig:
     n_steps: int = 10  # Langevin steps per iteration
     step_size: float = 2.0  # η
     noise_scale: float = 0.03  # σ
+    noise_start: float | None = None  # σ of a fresh chain; it falls to noise_scale, and the data's noise with it
+    anneal_steps: int = 0  # within so many steps
     grad_clip: float | None = None  # largest gradient coordinate in a chain
     bounds: tuple[float, float] | None = (-1.0, 1.0)  # box of data and chains
     init_range: tuple[float, float] = (-1.0, 1.0)  # fresh chains start uniformly in here
@@ -140,6 +142,12 @@ class TrainConfig:
         for name, value in _checked(self).items():
             object.__setattr__(self, name, value)  # plain int, float and tuple, whatever they were before
         _require(self.buffer_size >= self.batch_size, "buffer_size", "at least batch_size", self.buffer_size)
+        hot = self.noise_start is not None
+        both = hot == (self.anneal_steps > 0)
+        _require(both, "anneal_steps", "> 0 with noise_start, 0 without", self.anneal_steps)
+        fits = not hot or (self.noise_start or 0) >= self.noise_scale > 0
+        _require(fits, "noise_start", f"at least noise_scale = {self.noise_scale:g} > 0", self.noise_start)
+        _require(not hot or self.negatives != "data", "noise_start", "None where chains start at data", self.noise_start)
 
     @property
     def sampler(self) -> Langevin:
@@ -148,6 +156,8 @@ class TrainConfig:
             self.step_size,
             self.n_steps,
             noise_scale=self.noise_scale,
+            noise_start=self.noise_start,
+            anneal_steps=self.anneal_steps,
             grad_clip=self.grad_clip,
             bounds=self.bounds,
             accelerate=self.accelerate,
@@ -176,7 +186,7 @@ def _checked(c: TrainConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": _whole("seed", c.seed, 0, 2**63 - 1)}
     for name in ("n_iterations", "batch_size", "width", "hidden", "n_steps", "buffer_size", "monitor_every"):
         found[name] = _whole(name, getattr(c, name), 1)
-    for name in ("warmup", "sample_steps", "max_rollbacks"):
+    for name in ("warmup", "sample_steps", "max_rollbacks", "anneal_steps"):
         found[name] = _whole(name, getattr(c, name), 0)
     for name in ("step_size", "learning_rate", "weight_grad_clip", "max_energy_gap", "max_grad_norm", "max_saturation"):
         found[name] = _number(name, getattr(c, name), 0, _HUGE, open_low=True)
@@ -185,7 +195,7 @@ def _checked(c: TrainConfig) -> dict[str, Any]:
         found[name] = _number(name, getattr(c, name), 0, _HUGE)
     for name in ("reinit_prob", "ema_decay", "beta1"):
         found[name] = _number(name, getattr(c, name), 0, 1, open_high=name == "beta1")
-    for name in ("grad_clip", "reinit_age"):
+    for name in ("grad_clip", "reinit_age", "noise_start"):
         value = getattr(c, name)
         found[name] = None if value is None else _number(name, value, 0, _HUGE, open_low=True)
     found["bounds"] = None if c.bounds is None else _pair("bounds", c.bounds)
@@ -346,15 +356,37 @@ def _walk_on(state: TrainState, x: Tensor) -> Energy:
     return state.walk_on
 
 
-def draw_negatives(state: TrainState, x_pos: Tensor) -> Tensor:
+class Negatives(NamedTuple):
+    """A batch of the model's own samples."""
+
+    x: Tensor  # (B, *shape)
+    ages: Tensor  # (B,) int64, Langevin steps that each chain has made
+
+
+def draw_negatives(state: TrainState, x_pos: Tensor) -> Negatives:
     """A batch of the model's own samples, by the rule that the configuration names."""
     cfg, g, energy = state.config, state.generator, _walk_on(state, x_pos)
+    ages = torch.full((cfg.batch_size,), cfg.n_steps, device=x_pos.device)
     if cfg.negatives == "data":
-        return negatives_from_data(cfg.sampler, energy, x_pos, g)
+        return Negatives(negatives_from_data(cfg.sampler, energy, x_pos, g), ages)
     init = _fresh(state.shape, cfg, x_pos.device)
     if cfg.negatives == "noise":
-        return negatives_from_noise(cfg.sampler, energy, cfg.batch_size, init, g)
-    return negatives_from_buffer(cfg.sampler, energy, state.buffer, cfg.batch_size, init, cfg.reinit, g)
+        return Negatives(negatives_from_noise(cfg.sampler, energy, cfg.batch_size, init, g), ages)
+    return Negatives(*walk_buffer(cfg.sampler, energy, state.buffer, cfg.batch_size, init, cfg.reinit, g)[1:])
+
+
+def match_noise(state: TrainState, x_pos: Tensor, ages: Tensor) -> Tensor:
+    """Data beside annealed chains: each gets the noise that belongs to the age of its negative.
+
+    Where σ(age) is r times the final σ, the data's noise is r times `data_noise`; old chains change nothing.
+    """
+    cfg, g = state.config, state.generator
+    if not cfg.anneal_steps:
+        return x_pos
+    r = cfg.sampler.sigma_at(ages - 1) / cfg.noise_scale  # of the last step that was made
+    more = cfg.data_noise * (r.square() - 1).clamp(min=0).sqrt().view(-1, *[1] * (x_pos.ndim - 1))
+    x = x_pos + more * torch.randn(x_pos.shape, generator=g, device=x_pos.device)
+    return x if cfg.bounds is None else x.clamp_(*cfg.bounds)
 
 # %% ../nbs/04_training.ipynb #a878d816
 @torch.enable_grad()
@@ -365,7 +397,8 @@ def train_step(
     """One iteration of the algorithm: data, negatives, one forward for both, one update, one step of the average."""
     cfg, energy = state.config, state.energy
     x_pos = draw_data(state, x_data)
-    x_neg = draw_negatives(state, x_pos)
+    x_neg, ages = draw_negatives(state, x_pos)
+    x_pos = match_noise(state, x_pos, ages)
     e_pos, e_neg = evaluate_energy(energy, torch.cat([x_pos, x_neg])).split(cfg.batch_size)
     loss = cd_loss(e_pos, e_neg, cfg.alpha)
     state.optimizer.zero_grad()

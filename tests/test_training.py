@@ -88,7 +88,7 @@ def test_one_update_is_adam_on_the_clipped_cd_gradient(x):
     config = dataclasses.replace(TINY, data_noise=0.0, alpha=0.3, warmup=0, weight_grad_clip=0.05)
     state, twin = init_state(config, x), init_state(config, x)
     x_pos = training.draw_data(twin, x)
-    x_neg = training.draw_negatives(twin, x_pos)
+    x_neg = training.draw_negatives(twin, x_pos).x
     e_pos, e_neg = twin.energy(x_pos), twin.energy(x_neg)
     loss = e_pos.mean() - e_neg.mean() + 0.3 * (e_pos.square().mean() + e_neg.square().mean())
     grads = torch.autograd.grad(loss, list(twin.energy.parameters()))
@@ -145,6 +145,72 @@ def test_chains_restart_as_configured(x, age, prob, fresh):
     training.draw_negatives(state, x[:16])
     assert int((state.buffer.ages == 3).sum()) == fresh  # 3 steps old: started afresh
     assert int((state.buffer.ages == 5).sum()) == 16 - fresh
+
+
+HOT = dataclasses.replace(TINY, noise_scale=0.05, data_noise=0.05, noise_start=0.4, anneal_steps=9)
+
+
+def test_annealed_chains_age_and_anneal_on(x):
+    """A chain that is drawn again goes on with the noise of its age; a fresh one starts hot."""
+    state = init_state(dataclasses.replace(HOT, buffer_size=16, reinit_prob=0.0), x)
+    seen = []
+    for _ in range(4):
+        start = state.generator.get_state()
+        slots = torch.randperm(16, generator=torch.Generator().set_state(start))
+        ages = state.buffer.ages[slots]
+        negatives = training.draw_negatives(state, x[:16])
+        assert torch.equal(negatives.ages, ages + 3) and torch.equal(negatives.x, state.buffer.samples[slots])
+        seen.append(int(negatives.ages[0]))
+    assert seen == [3, 6, 9, 12]
+    assert HOT.sampler.sigma_at(torch.tensor([0, 9])).tolist() == pytest.approx([0.4, 0.05])
+    start = init_state(dataclasses.replace(HOT, negatives="noise"), x)
+    assert training.draw_negatives(start, x[:16]).ages.tolist() == [3] * 16
+
+
+def test_data_get_the_noise_of_their_negatives():
+    """The standard deviation of grey data with noise, by age. False alarm 8e-9: four at six standard errors."""
+    grey = torch.zeros(16, 1, 20, 20)
+    state = init_state(dataclasses.replace(HOT, bounds=(-4.0, 4.0)), grey)  # a box that cuts off nothing
+    for age, expected in ((1, 0.4), (4, 0.2), (10, 0.05), (500, 0.05)):
+        x = torch.cat([training.draw_data(state, grey) for _ in range(10)])
+        y = training.match_noise(state, x, torch.full((160,), age))
+        assert abs(y.std().item() / expected - 1) < 6 / (2 * y.numel()) ** 0.5
+        assert torch.equal(x, y) == (age >= 10), "old chains change nothing"
+    mixed = training.match_noise(state, torch.zeros(2, 1, 20, 20), torch.tensor([1, 10]))
+    assert mixed[0].std() > 0.3 and (mixed[1] == 0).all(), "each its own"
+    assert training.match_noise(state, 4 * torch.ones(2, 1, 20, 20), torch.tensor([1, 1])).max() <= 4
+    plain = init_state(TINY, grey)
+    before = plain.generator.get_state()
+    assert training.match_noise(plain, grey, torch.ones(16)) is grey
+    assert torch.equal(before, plain.generator.get_state()), "nothing is drawn without annealing"
+
+
+def test_an_annealed_run_goes_on_bit_for_bit(x, tmp_path):
+    whole = train(x, HOT, progress=False)
+    path = tmp_path / "run.safetensors"
+    train(x, HOT, checkpoint=path, stop=stop_after(4), progress=False)
+    assert same(whole, train(x, state=load_checkpoint(path), progress=False))
+    assert whole.metrics["energy_gap"].isfinite().all()
+    cold = generate(whole, 4, 5, torch.Generator().manual_seed(0)).x
+    whole.config = dataclasses.replace(HOT, noise_start=None, anneal_steps=0)
+    assert not torch.equal(cold, generate(whole, 4, 5, torch.Generator().manual_seed(0)).x), "samples anneal, too"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"noise_start": 0.4}, "anneal_steps must be > 0 with noise_start"),
+        ({"anneal_steps": 4}, "anneal_steps must be > 0 with noise_start, 0 without"),
+        ({"noise_start": 0.01, "anneal_steps": 4}, "noise_start must be at least noise_scale"),
+        ({"noise_start": 0.4, "anneal_steps": 4, "noise_scale": 0.0}, "noise_start must be at least noise_scale"),
+        ({"noise_start": -1.0, "anneal_steps": 4}, "noise_start must be a number in"),
+        ({"noise_start": 0.4, "anneal_steps": 4, "negatives": "data"}, "noise_start must be None where chains start"),
+        ({"noise_start": 0.4, "anneal_steps": 1.5}, "anneal_steps must be a whole number"),
+    ],
+)
+def test_annealing_settings_that_do_not_fit(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**settings)
 
 
 def test_samples_come_from_the_average_and_work_in_inference_mode(x):
