@@ -98,7 +98,7 @@ def lengths(
     parts = generate(state, n, 0, generator).x.split(1000)
     x = torch.cat([sampler.sample(network, part, steps, generator) for part in parts])
     seconds = time.perf_counter() - began
-    few = sampler.sample(network, x[:n_long], (factor - 1) * steps, generator)
+    few = sampler.sample(network, x[:n_long], (factor - 1) * steps, generator, ages=steps)
     thousand = facts(x[:1000], real)
     rows = {
         str(steps): {
@@ -122,7 +122,8 @@ def step_with(extra: Extra) -> Callable[[TrainState, Tensor], None]:
     def step(state: TrainState, x_data: Tensor) -> None:
         cfg, energy = state.config, state.energy
         x_pos = training.draw_data(state, x_data)
-        x_neg = training.draw_negatives(state, x_pos)
+        x_neg, ages = training.draw_negatives(state, x_pos)
+        x_pos = training.match_noise(state, x_pos, ages)
         e_pos, e_neg = energy(torch.cat([x_pos, x_neg])).split(cfg.batch_size)
         loss = cd_loss(e_pos, e_neg, cfg.alpha)
         state.optimizer.zero_grad()
@@ -149,7 +150,7 @@ def neglected_term(weight: float) -> Extra:
         x, cfg = x_neg.clone().requires_grad_(True), state.config
         (grad,) = torch.autograd.grad(state.energy(x).sum(), x, create_graph=True)
         noise = cfg.noise_scale * torch.randn(x.shape, generator=state.generator)
-        moved = (x - cfg.step_size * grad + noise).clamp(-1, 1)
+        moved = (x - cfg.step_size * grad + noise).clamp(-1, 1)  # with the noise of old chains
         fixed = {name: p.detach() for name, p in state.energy.named_parameters()}
         return weight * functional_call(state.energy, fixed, (moved,)).mean()
 
