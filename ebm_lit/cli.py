@@ -955,7 +955,7 @@ def evaluate_run(
     if n < 10:
         raise ValueError(f"--data {data.name} has {len(data.x_real)} examples: at least 20 are needed for a floor")
     first = generate(state, n, n_steps, there).x
-    later = state.config.sampler.sample(state.ema.module, first, 4 * n_steps, there)
+    later = state.config.sampler.sample(state.ema.module, first, 4 * n_steps, there, ages=n_steps)
     samples = {f"{n_steps} steps": first, f"{5 * n_steps} steps": later}
     noise = uniform_init(n, state.shape, state.config.init_range, there, state.history.device)
     real = data.x_real[:1000].to(state.history.device)

@@ -265,7 +265,8 @@ class _Track:
     """The next m steps of B chains, on buffers that stay in place."""
 
     def __init__(self, sampler: "Langevin", energy: Energy, x: Tensor, n_steps: int, ages: int | Tensor = 0) -> None:
-        self.sampler, self.energy, self.sigma = sampler, energy, sampler.sigma
+        self.sampler, self.energy = sampler, energy
+        self.sigma: float | Tensor = sampler.sigma  # or, of chains that anneal, (count, B)
         self.ages = torch.as_tensor(ages, device=x.device).expand(len(x)) if sampler.anneal_steps else None
         self.replay: Callable[[], None] | None = None  # the m steps as one CUDA graph
         self.plain = type(sampler).step is Langevin.step  # a subclass may move in a way of its own
@@ -316,8 +317,8 @@ class _Track:
             if s.bounds is not None:
                 self.state.clamp_(*s.bounds)
         else:
-            noise = {} if self.ages is None else {"sigma": self.sigma_of(i)}
-            self.state.copy_(s.step(self.state, grad, self.generator, **noise))
+            own = (self.sigma[i],) if isinstance(self.sigma, Tensor) else ()
+            self.state.copy_(s.step(self.state, grad, self.generator, *own))
         return e, grad
 
 

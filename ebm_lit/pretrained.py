@@ -19,15 +19,16 @@ from .training import TrainConfig, TrainState, init_state
 RECIPES: dict[str, TrainConfig] = {
     "digits": TrainConfig(),
     "mnist": TrainConfig(
-        n_iterations=6500,
+        n_iterations=7000,
         width=16,
         hidden=64,
         step_size=6.0,
-        noise_scale=0.08,
-        data_noise=0.08,
-        buffer_size=512,
-        reinit_age=100.0,
-        sample_steps=1000,
+        noise_scale=0.036,
+        noise_start=0.3,
+        anneal_steps=150,
+        data_noise=0.06,
+        reinit_age=50.0,
+        sample_steps=300,
     ),
 }
 

@@ -296,7 +296,9 @@ HOT = Langevin(0.1, n_steps=12, noise_scale=0.1, noise_start=0.8, anneal_steps=3
 def test_annealed_noise_by_hand() -> None:
     """Three halvings from 0.8 to 0.1, and 0.1 from there on."""
     assert HOT.sigma_at(torch.tensor([0, 1, 2, 3, 4, 1000])).tolist() == pytest.approx([0.8, 0.4, 0.2, 0.1, 0.1, 0.1])
-    assert HOT.sigma_at(torch.tensor(1)).ndim == 0 and HOT.sigma == 0.1 and HOT.implied_temperature == pytest.approx(0.05)
+    assert (
+        HOT.sigma_at(torch.tensor(1)).ndim == 0 and HOT.sigma == 0.1 and HOT.implied_temperature == pytest.approx(0.05)
+    )
     assert (Langevin(0.1, noise_scale=0.3).sigma_at(torch.arange(4)) == torch.tensor(0.3)).all()
 
 
