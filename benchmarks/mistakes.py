@@ -190,6 +190,34 @@ MISTAKES = (
         (LANGEVIN, LAWS),
     ),
     Mistake(
+        "annealing one step late",
+        "langevin",
+        "** (ages / max(1, self.anneal_steps)).clamp(max=1.0)",
+        "** ((ages - 1) / max(1, self.anneal_steps)).clamp(0.0, 1.0)",
+        (LANGEVIN,),
+    ),
+    Mistake(
+        "annealing falls in a straight line of σ, not by a constant factor",
+        "langevin",
+        "return start * (self.sigma / start) ** (ages / max(1, self.anneal_steps)).clamp(max=1.0)",
+        "return start + (self.sigma - start) * (ages / max(1, self.anneal_steps)).clamp(max=1.0)",
+        (LANGEVIN,),
+    ),
+    Mistake(
+        "chains that continue start hot again",
+        "langevin",
+        "self.sampler.sigma_at(self.ages + steps)",
+        "self.sampler.sigma_at(self.ages * 0 + steps)",
+        (LANGEVIN,),
+    ),
+    Mistake(
+        "all chains of a batch get the noise of the first",
+        "langevin",
+        "self.sampler.sigma_at(self.ages + steps)",
+        "self.sampler.sigma_at(self.ages[:1].expand_as(self.ages) + steps)",
+        (LANGEVIN,),
+    ),
+    Mistake(
         "the steps of a block all take the first noise",
         "langevin",
         ".add_(self.moves[i])",
@@ -346,8 +374,8 @@ MISTAKES = (
     Mistake(
         "data and negatives swapped in the loss",
         "contrastive_divergence",
-        "gap = e_pos.mean() - e_neg.mean()",
-        "gap = e_neg.mean() - e_pos.mean()",
+        "gap = mean_of(e_pos, kept) - mean_of(e_neg, kept)",
+        "gap = mean_of(e_neg, kept) - mean_of(e_pos, kept)",
         (CD,),
     ),
     Mistake(
@@ -360,8 +388,8 @@ MISTAKES = (
     Mistake(
         "regulariser squares the mean instead of averaging the squares",
         "contrastive_divergence",
-        "e_pos.square().mean() + e_neg.square().mean()",
-        "e_pos.mean().square() + e_neg.mean().square()",
+        "mean_of(e_pos.square(), kept) + mean_of(e_neg.square(), kept)",
+        "mean_of(e_pos, kept).square() + mean_of(e_neg, kept).square()",
         (CD,),
     ),
     Mistake(
@@ -411,6 +439,20 @@ MISTAKES = (
         "contrastive_divergence",
         "torch.randperm(len(self.samples), generator=generator, device=device)[:n]",
         "torch.randint(len(self.samples), (n,), generator=generator, device=device)",
+        (CD,),
+    ),
+    Mistake(
+        "a buffer's chains are not told their ages",
+        "contrastive_divergence",
+        "generator=generator, ages=draw.ages)",
+        "generator=generator)",
+        (TRAINING, CD),
+    ),
+    Mistake(
+        "a mean over kept pairs is divided by all",
+        "contrastive_divergence",
+        "/ kept.sum().clamp(min=1)",
+        "/ len(e)",
         (CD,),
     ),
     Mistake(
@@ -483,6 +525,27 @@ MISTAKES = (
         "training",
         "cfg.sampler.run(state.ema.module, x_init",
         "cfg.sampler.run(state.energy, x_init",
+        (TRAINING,),
+    ),
+    Mistake(
+        "data beside hot chains stay clean",
+        "training",
+        "(r.square() - 1).clamp(min=0).sqrt()",
+        "(r * 0)",
+        (TRAINING,),
+    ),
+    Mistake(
+        "noise added to the data's noise instead of variance to variance",
+        "training",
+        "(r.square() - 1).clamp(min=0).sqrt()",
+        "(r - 1).clamp(min=0)",
+        (TRAINING,),
+    ),
+    Mistake(
+        "young negatives count in spite of the burn-in",
+        "training",
+        "kept = ages > cfg.burn_in if cfg.burn_in else None",
+        "kept = None",
         (TRAINING,),
     ),
     Mistake(

@@ -28,7 +28,7 @@ RECIPES: dict[str, TrainConfig] = {
         anneal_steps=150,
         data_noise=0.06,
         reinit_age=50.0,
-        sample_steps=300,
+        sample_steps=200,
     ),
 }
 
