@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ebm_lit"
-LARGE_PNG = 100_000  # characters of base64, above which a stored picture keeps 64 colours
+LARGE_PNG = 40_000  # characters of base64, above which a stored picture keeps 64 colours
 CELL_TIMEOUT = 1800  # seconds; a chapter is meant to take less than two minutes
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\d+%\||\d+it \[|\bit/s\b|\bs/it\b")
