@@ -444,8 +444,8 @@ class Langevin:
     ) -> Chain:
         """B parallel chains; leaves no trace on the energy and does not wait for the device inside the loop.
 
-        Raises `ValueError` for an unusable `x_init`, generator or ages, `EnergyShapeError` for an energy that does not return
-        (B,), and `NonFiniteError` with the first step at which the energy or its gradient was NaN or infinite.
+        Raises `ValueError` for an unusable `x_init`, generator or ages, `EnergyShapeError` for an energy that does not
+        return (B,), and `NonFiniteError` with the first step at which the energy or its gradient was NaN or infinite.
         """
         n = self.n_steps if n_steps is None else n_steps
         _check_count("n_steps", n)

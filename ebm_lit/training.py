@@ -117,7 +117,7 @@ class TrainConfig:
     buffer_size: int = 1024  # persistent chains
     reinit_prob: float = 0.05  # chance that a chain drawn from the buffer starts afresh
     reinit_age: float | None = None  # s: instead, a chain of age a starts afresh with chance n_steps/(a + s)
-    burn_in: int = 0  # negatives that have not made more steps than this do not count in an update, nor do their data
+    burn_in: int = 0  # negatives of at most so many steps do not count in an update, nor do the data beside them
     sample_steps: int = 200  # length of the chains that draw samples from noise after training
     # the objective and the optimiser
     alpha: float = 0.01  # weight of the regulariser α(E₊² + E₋²)
@@ -151,7 +151,9 @@ class TrainConfig:
         _require(fits, "noise_start", f"at least noise_scale = {self.noise_scale:g} > 0", self.noise_start)
         reached = self.negatives == "buffer" or self.burn_in < self.n_steps
         _require(reached, "burn_in", f"less than n_steps = {self.n_steps} unless chains persist", self.burn_in)
-        _require(not hot or self.negatives != "data", "noise_start", "None where chains start at data", self.noise_start)
+        _require(
+            not hot or self.negatives != "data", "noise_start", "None where chains start at data", self.noise_start
+        )
 
     @property
     def sampler(self) -> Langevin:
