@@ -22,6 +22,7 @@ from ebm_lit.contrastive_divergence import (
     negatives_from_data,
     negatives_from_noise,
     reinit_by_age,
+    walk_buffer,
 )
 from ebm_lit.data import toy
 from ebm_lit.energy import EnergyCNN, EnergyMLP
@@ -406,6 +407,21 @@ def test_a_failing_chain_leaves_buffer_and_energy_as_they_were(make_generator: F
     with pytest.raises(NonFiniteError):
         negatives_from_buffer(Langevin(0.01, 4), cliff, buffer, 8, uniform, 0.5, make_generator(36))
     assert torch.equal(buffer.samples, before.samples) and torch.equal(buffer.ages, before.ages)
+
+
+def test_a_sampler_that_anneals_is_told_the_ages(make_generator: Factory) -> None:
+    """On a flat energy a step is its noise: 0.1 for old chains, 0.8 for young ones, each its own."""
+    flat = lambda x: 0 * x.flatten(1).sum(1)  # noqa: E731
+    sampler = Langevin(0.1, 1, noise_scale=0.1, noise_start=0.8, anneal_steps=3)
+    buffer = ReplayBuffer.create(1000, lambda n, g: torch.zeros(n, 4))
+    buffer.ages[:500] = 100
+    walk = walk_buffer(sampler, flat, buffer, 1000, lambda n, g: torch.zeros(n, 4), 0.0, make_generator(0))
+    old = walk.ages == 101
+    assert int(old.sum()) == 500 and (walk.ages[~old] == 1).all()
+    assert 0.05 < walk.x[old].std() < 0.2 and 0.6 < walk.x[~old].std() < 1.0
+    assert torch.equal(buffer.samples[walk.slots], walk.x) and torch.equal(buffer.ages[walk.slots], walk.ages)
+    again = negatives_from_buffer(sampler, flat, buffer, 1000, lambda n, g: torch.zeros(n, 4), 0.0, make_generator(0))
+    assert torch.equal(again, buffer.samples[walk.slots]), "the same draw, without the ages"
 
 
 def test_images_work_as_points_do(device: torch.device, make_generator: Factory) -> None:
