@@ -51,7 +51,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "annealed chains, but data with constant noise": {"match": False},
     "annealing in half the steps": {"anneal_steps": RECIPE.anneal_steps // 2},
     "annealing from three times the noise": {"noise_start": 3 * (RECIPE.noise_start or 0.0)},
-    "chains younger than 20 steps do not count": {"burn_in": 20},
+    "chains younger than 20 steps do not count": {"youngest": 20},
     "twice the batch, half the updates": {"batch_size": 128, "n_iterations": 2000},
     "learning rate 0.01": {"learning_rate": 0.01},
     "constant learning rate": {"schedule": "constant"},
@@ -118,8 +118,13 @@ def lengths(
 Extra = Callable[[TrainState, Tensor, Tensor], Tensor]  # (state, x_pos, x_neg) -> a further term of the loss
 
 
-def step_with(extra: Extra) -> Callable[[TrainState, Tensor], None]:
-    """`train_step` with one more term in its loss."""
+def nothing(state: TrainState, x_pos: Tensor, x_neg: Tensor) -> Tensor:
+    """No further term."""
+    return x_neg.new_zeros(())
+
+
+def step_with(extra: Extra, youngest: int = 0) -> Callable[[TrainState, Tensor], None]:
+    """`train_step` with one more term in its loss, or without the pairs whose chain is of at most `youngest` steps."""
 
     @torch.enable_grad()
     def step(state: TrainState, x_data: Tensor) -> None:
@@ -128,6 +133,9 @@ def step_with(extra: Extra) -> Callable[[TrainState, Tensor], None]:
         x_neg, ages = training.draw_negatives(state, x_pos)
         x_pos = training.match_noise(state, x_pos, ages)
         e_pos, e_neg = energy(torch.cat([x_pos, x_neg])).split(cfg.batch_size)
+        old = ages > youngest
+        usable = bool(old.any())  # not before the buffer's chains have grown so old
+        e_pos, e_neg = (e[old] if usable else 0 * e for e in (e_pos, e_neg))
         loss = cd_loss(e_pos, e_neg, cfg.alpha)
         state.optimizer.zero_grad()
         (loss.loss + extra(state, x_pos, x_neg)).backward()
@@ -179,6 +187,8 @@ def tricks(changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for name, term in (("kl", neglected_term), ("gradient_penalty", gradient_penalty)):
         if (weight := settings.pop(name, None)) is not None:
             training.train_step = step_with(term(weight))
+    if (youngest := settings.pop("youngest", None)) is not None:
+        training.train_step = step_with(nothing, youngest)
     if settings.pop("schedule", None) == "constant":
         training.learning_rate = lambda c, s: c.learning_rate * min(1.0, (s + 1) / c.warmup)
     if not settings.pop("match", True):

@@ -201,8 +201,8 @@ def _row(
     clipped = none if clip is None else grad.abs() > clip
     on_bounds = none if bounds is None else (x_next <= bounds[0]) | (x_next >= bounds[1])
     drift = sampler.step_size * _norms(sampler.clip(grad)).mean(dtype=dtype)
-    noise = torch.as_tensor(sigma, device=drift.device, dtype=dtype).mean() * math.sqrt(grad[0].numel())
-    ratio = torch.where(noise > 0, drift / noise, math.inf)
+    noise = sigma.mean(dtype=dtype) if isinstance(sigma, Tensor) else sigma
+    ratio = torch.full_like(drift, math.inf) if sampler.sigma == 0 else drift / (noise * math.sqrt(grad[0].numel()))
     means = [t.mean(dtype=dtype) for t in (energy, _norms(grad), clipped.to(dtype), on_bounds.to(dtype))]
     return [*means, ratio]
 
@@ -249,8 +249,8 @@ def _check_chain(x_init: Tensor, generator: torch.Generator | None, ages: int | 
     if generator is not None and not _same_device(generator.device, x_init.device):
         raise ValueError(f"generator is on {generator.device}, x_init on {x_init.device}; they must be on one device")
     if isinstance(ages, Tensor):
-        fits = ages.shape == x_init.shape[:1] and not ages.is_floating_point() and ages.device == x_init.device
-        if not fits:
+        fits = ages.shape == x_init.shape[:1] and not ages.is_floating_point()
+        if not (fits and _same_device(ages.device, x_init.device)):
             got = f"{tuple(ages.shape)} {ages.dtype} on {ages.device}"
             raise ValueError(f"ages must be whole numbers ({len(x_init)},) beside x_init, got {got}")
     else:

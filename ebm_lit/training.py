@@ -40,7 +40,6 @@ from ebm_lit.contrastive_divergence import (
     Reinit,
     ReplayBuffer,
     cd_loss,
-    mean_of,
     negatives_from_data,
     negatives_from_noise,
     reinit_by_age,
@@ -117,7 +116,6 @@ class TrainConfig:
     buffer_size: int = 1024  # persistent chains
     reinit_prob: float = 0.05  # chance that a chain drawn from the buffer starts afresh
     reinit_age: float | None = None  # s: instead, a chain of age a starts afresh with chance n_steps/(a + s)
-    burn_in: int = 0  # negatives of at most so many steps do not count in an update, nor do the data beside them
     sample_steps: int = 200  # length of the chains that draw samples from noise after training
     # the objective and the optimiser
     alpha: float = 0.01  # weight of the regulariser α(E₊² + E₋²)
@@ -149,11 +147,8 @@ class TrainConfig:
         _require(both, "anneal_steps", "> 0 with noise_start, 0 without", self.anneal_steps)
         fits = not hot or (self.noise_start or 0) >= self.noise_scale > 0
         _require(fits, "noise_start", f"at least noise_scale = {self.noise_scale:g} > 0", self.noise_start)
-        reached = self.negatives == "buffer" or self.burn_in < self.n_steps
-        _require(reached, "burn_in", f"less than n_steps = {self.n_steps} unless chains persist", self.burn_in)
-        _require(
-            not hot or self.negatives != "data", "noise_start", "None where chains start at data", self.noise_start
-        )
+        apart = not hot or self.negatives != "data"
+        _require(apart, "noise_start", "None where chains start at data", self.noise_start)
 
     @property
     def sampler(self) -> Langevin:
@@ -192,7 +187,7 @@ def _checked(c: TrainConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"seed": _whole("seed", c.seed, 0, 2**63 - 1)}
     for name in ("n_iterations", "batch_size", "width", "hidden", "n_steps", "buffer_size", "monitor_every"):
         found[name] = _whole(name, getattr(c, name), 1)
-    for name in ("warmup", "sample_steps", "max_rollbacks", "anneal_steps", "burn_in"):
+    for name in ("warmup", "sample_steps", "max_rollbacks", "anneal_steps"):
         found[name] = _whole(name, getattr(c, name), 0)
     for name in ("step_size", "learning_rate", "weight_grad_clip", "max_energy_gap", "max_grad_norm", "max_saturation"):
         found[name] = _number(name, getattr(c, name), 0, _HUGE, open_low=True)
@@ -372,13 +367,15 @@ class Negatives(NamedTuple):
 def draw_negatives(state: TrainState, x_pos: Tensor) -> Negatives:
     """A batch of the model's own samples, by the rule that the configuration names."""
     cfg, g, energy = state.config, state.generator, _walk_on(state, x_pos)
-    ages = torch.full((cfg.batch_size,), cfg.n_steps, device=x_pos.device)
-    if cfg.negatives == "data":
-        return Negatives(negatives_from_data(cfg.sampler, energy, x_pos, g), ages)
     init = _fresh(state.shape, cfg, x_pos.device)
-    if cfg.negatives == "noise":
-        return Negatives(negatives_from_noise(cfg.sampler, energy, cfg.batch_size, init, g), ages)
-    return Negatives(*walk_buffer(cfg.sampler, energy, state.buffer, cfg.batch_size, init, cfg.reinit, g)[1:])
+    if cfg.negatives == "buffer":
+        moved = walk_buffer(cfg.sampler, energy, state.buffer, cfg.batch_size, init, cfg.reinit, g)
+        return Negatives(moved.x, moved.ages)
+    if cfg.negatives == "data":
+        x = negatives_from_data(cfg.sampler, energy, x_pos, g)
+    else:
+        x = negatives_from_noise(cfg.sampler, energy, cfg.batch_size, init, g)
+    return Negatives(x, torch.full((cfg.batch_size,), cfg.n_steps, device=x_pos.device))
 
 
 def match_noise(state: TrainState, x_pos: Tensor, ages: Tensor) -> Tensor:
@@ -406,8 +403,7 @@ def train_step(
     x_neg, ages = draw_negatives(state, x_pos)
     x_pos = match_noise(state, x_pos, ages)
     e_pos, e_neg = evaluate_energy(energy, torch.cat([x_pos, x_neg])).split(cfg.batch_size)
-    kept = ages > cfg.burn_in if cfg.burn_in else None
-    loss = cd_loss(e_pos, e_neg, cfg.alpha, kept)
+    loss = cd_loss(e_pos, e_neg, cfg.alpha)
     state.optimizer.zero_grad()
     loss.loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(energy.parameters(), cfg.weight_grad_clip)
@@ -415,8 +411,7 @@ def train_step(
         group["lr"] = learning_rate(cfg, state.step)
     state.optimizer.step()
     state.ema.update_parameters(energy)
-    means = mean_of(e_pos, kept), mean_of(e_neg, kept)
-    _record(state, loss.loss, loss.energy_gap, *means, grad_norm, _saturation(x_neg, cfg.bounds))
+    _record(state, loss.loss, loss.energy_gap, e_pos.mean(), e_neg.mean(), grad_norm, _saturation(x_neg, cfg.bounds))
     state.step += 1
 
 # %% ../nbs/04_training.ipynb #a5fc4477

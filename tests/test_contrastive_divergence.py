@@ -130,20 +130,6 @@ def test_loss_by_hand() -> None:
     assert cd_loss(torch.tensor([1.0]), torch.tensor([3.0])) == (-2.0, -2.0, 0.0)  # α = 0 by default
 
 
-def test_loss_over_kept_pairs_by_hand() -> None:
-    """Pairs (1, 4) and (3, 8) of three count: gap 2 − 6, regulariser 0.1·(5 + 40)."""
-    e_pos, e_neg = torch.tensor([1.0, 9.0, 3.0], requires_grad=True), torch.tensor([4.0, 7.0, 8.0])
-    loss = cd_loss(e_pos, e_neg, 0.1, torch.tensor([True, False, True]))
-    assert [t.item() for t in loss] == pytest.approx([0.5, -4.0, 4.5])
-    loss.loss.backward()
-    assert e_pos.grad is not None and e_pos.grad.tolist() == pytest.approx([0.5 + 0.1, 0.0, 0.5 + 0.3])
-    everything = cd_loss(e_pos, e_neg, 0.1, torch.ones(3, dtype=torch.bool))
-    assert [t.item() for t in everything] == pytest.approx([t.item() for t in cd_loss(e_pos, e_neg, 0.1)])
-    assert [t.item() for t in cd_loss(e_pos, e_neg, 0.1, torch.zeros(3, dtype=torch.bool))] == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="kept must have the shape of both energies"):
-        cd_loss(e_pos, e_neg, 0.1, torch.ones(2, dtype=torch.bool))
-
-
 @pytest.mark.parametrize("alpha", [0.01, 0.1, 3.0])
 def test_loss_has_a_floor_and_reaches_it(alpha: float, make_generator: Factory) -> None:
     floor = -1 / (2 * alpha)

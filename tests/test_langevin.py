@@ -354,7 +354,7 @@ def test_a_subclass_that_moves_in_its_own_way_can_anneal(make_generator: Factory
 def test_annealed_chains_on_a_spring_have_their_exact_variance(n_steps: int) -> None:
     """Shrink by 1 − ηk, add the variance of the hour. False alarm 8e-9: four settings at six standard errors.
 
-    Power: a schedule that is one step late has another variance by at least 12 %, ten standard errors.
+    Power: a schedule that is one step late has another variance by at least 12 %, twelve standard errors.
     """
     hot = Langevin(0.2, n_steps, noise_scale=0.1, noise_start=0.8, anneal_steps=12)
     expected, late = 0.0, 0.0

@@ -185,31 +185,6 @@ def test_data_get_the_noise_of_their_negatives():
     assert torch.equal(before, plain.generator.get_state()), "nothing is drawn without annealing"
 
 
-def test_young_negatives_do_not_count(x):
-    """With a burn-in of 3 steps, two thirds of the pairs here change nothing: the update is that of the others."""
-    config = dataclasses.replace(TINY, burn_in=3, reinit_prob=0.7, buffer_size=16, data_noise=0.0, weight_grad_clip=1e9)
-    state = init_state(config, x)
-    before = [p.detach().clone() for p in state.energy.parameters()]
-    train_step(state, x)
-    assert all(torch.equal(p, q) for p, q in zip(before, state.energy.parameters(), strict=True)), "all were young"
-    assert state.metrics["loss"].tolist() == [0.0] and state.metrics["energy_gap"].tolist() == [0.0]
-    train_step(state, x)
-    twin = init_state(config, x)
-    train_step(twin, x)
-    x_pos = training.draw_data(twin, x)
-    x_neg, ages = training.draw_negatives(twin, x_pos)
-    old = ages > 3
-    assert 0 < int(old.sum()) < 16
-    loss = twin.energy(x_pos[old]).mean() - twin.energy(x_neg[old]).mean()
-    assert state.metrics["energy_gap"][1].item() == pytest.approx(loss.item(), abs=1e-6)
-    loss = loss + 0.01 * (twin.energy(x_pos[old]).square().mean() + twin.energy(x_neg[old]).square().mean())
-    grads = torch.autograd.grad(loss, list(twin.energy.parameters()))
-    norm = torch.stack([g.norm() for g in grads]).norm().item()
-    assert state.metrics["grad_norm"][1].item() == pytest.approx(norm, rel=1e-4)
-    with pytest.raises(ValueError, match="burn_in must be less than n_steps = 3 unless chains persist"):
-        dataclasses.replace(TINY, negatives="noise", burn_in=3)
-
-
 def test_an_annealed_run_goes_on_bit_for_bit(x, tmp_path):
     whole = train(x, HOT, progress=False)
     path = tmp_path / "run.safetensors"
