@@ -475,20 +475,34 @@ MISTAKES = (
         "training",
         """    grad_norm = nn.utils.clip_grad_norm_(energy.parameters(), cfg.weight_grad_clip)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, state.step)
+        group["lr"] = rate
     state.optimizer.step()
 """,
         """    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, state.step)
+        group["lr"] = rate
     state.optimizer.step()
     grad_norm = nn.utils.clip_grad_norm_(energy.parameters(), cfg.weight_grad_clip)
 """,
         (TRAINING,),
     ),
     Mistake(
+        "every update of an iteration gets the whole batch",
+        "training",
+        "[update(state, pos, neg) for pos, neg in parts]",
+        "[update(state, x_pos, x_neg) for _ in parts]",
+        (TRAINING,),
+    ),
+    Mistake(
+        "counters of a checkpoint held to iterations, not to updates",
+        "training",
+        "    updates = step * minibatches\n",
+        "    updates = step\n",
+        (TRAINING,),
+    ),
+    Mistake(
         "learning-rate schedule computed but not used",
         "training",
-        'group["lr"] = learning_rate(cfg, state.step)',
+        'group["lr"] = rate',
         'group["lr"] = cfg.learning_rate',
         (TRAINING,),
     ),

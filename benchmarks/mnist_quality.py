@@ -127,25 +127,28 @@ def step_with(extra: Extra, youngest: int = 0) -> Callable[[TrainState, Tensor],
     """`train_step` with one more term in its loss, or without the pairs whose chain is of at most `youngest` steps."""
 
     @torch.enable_grad()
-    def step(state: TrainState, x_data: Tensor) -> None:
+    def update(state: TrainState, x_pos: Tensor, x_neg: Tensor, old: Tensor) -> Tensor:
         cfg, energy = state.config, state.energy
-        x_pos = training.draw_data(state, x_data)
-        x_neg, ages = training.draw_negatives(state, x_pos)
-        x_pos = training.match_noise(state, x_pos, ages)
-        e_pos, e_neg = energy(torch.cat([x_pos, x_neg])).split(cfg.batch_size)
-        old = ages > youngest
+        e_pos, e_neg = energy(torch.cat([x_pos, x_neg])).split(len(x_pos))
         usable = bool(old.any())  # not before the buffer's chains have grown so old
         e_pos, e_neg = (e[old] if usable else 0 * e for e in (e_pos, e_neg))
-        loss = cd_loss(e_pos, e_neg, cfg.alpha)
+        loss, rate = cd_loss(e_pos, e_neg, cfg.alpha), training.learning_rate(cfg, state.step)
         state.optimizer.zero_grad()
         (loss.loss + extra(state, x_pos, x_neg)).backward()
         norm = torch.nn.utils.clip_grad_norm_(energy.parameters(), cfg.weight_grad_clip)
         for group in state.optimizer.param_groups:
-            group["lr"] = training.learning_rate(cfg, state.step)
+            group["lr"] = rate
         state.optimizer.step()
         state.ema.update_parameters(energy)
-        saturation = (x_neg.abs() >= 1).float().mean()
-        training._record(state, loss.loss, loss.energy_gap, e_pos.mean(), e_neg.mean(), norm, saturation)
+        found = loss.loss, loss.energy_gap, e_pos.mean(), e_neg.mean(), norm, (x_neg.abs() >= 1).float().mean()
+        return torch.stack([v.detach() for v in found] + [torch.tensor(rate, device=x_pos.device)])
+
+    def step(state: TrainState, x_data: Tensor) -> None:
+        m, x_pos = state.config.minibatches, training.draw_data(state, x_data)
+        x_neg, ages = training.draw_negatives(state, x_pos)
+        x_pos = training.match_noise(state, x_pos, ages)
+        parts = zip(x_pos.chunk(m), x_neg.chunk(m), (ages > youngest).chunk(m), strict=True)
+        state.history[state.step] = torch.stack([update(state, *part) for part in parts]).mean(0)
         state.step += 1
 
     return step

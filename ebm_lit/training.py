@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Start', 'OnDivergence', 'METRICS', 'Callback', 'FORMAT', 'TrainConfig', 'learning_rate', 'Snapshot', 'Rollback',
            'TrainState', 'check_data', 'hash_data', 'resolve_device', 'build_energy', 'init_state', 'draw_data',
-           'Negatives', 'draw_negatives', 'match_noise', 'train_step', 'DivergenceError', 'check_health', 'train',
-           'generate', 'CheckpointError', 'write_atomically', 'save_checkpoint', 'lock_checkpoint', 'remove_leftovers',
-           'open_regular', 'plain_json', 'read_checkpoint', 'load_checkpoint', 'snapshot', 'roll_back']
+           'Negatives', 'draw_negatives', 'match_noise', 'update', 'train_step', 'DivergenceError', 'check_health',
+           'train', 'generate', 'CheckpointError', 'write_atomically', 'save_checkpoint', 'lock_checkpoint',
+           'remove_leftovers', 'open_regular', 'plain_json', 'read_checkpoint', 'load_checkpoint', 'snapshot',
+           'roll_back']
 
 # %% ../nbs/04_training.ipynb #f2963e0f
 import dataclasses
@@ -96,8 +97,9 @@ class TrainConfig:
     """
 
     # the run
-    n_iterations: int = 5000  # parameter updates
-    batch_size: int = 64  # data per update, and as many negatives
+    n_iterations: int = 5000  # rounds of walking chains and updating parameters
+    batch_size: int = 64  # data per iteration, and as many negatives
+    minibatches: int = 1  # parts of the batch, each with an update of its own
     seed: int = 0  # of everything that is drawn
     accelerate: Mode = "auto"  # how chains get their gradients: auto, compile (torch.compile) or off (autograd)
     # the network
@@ -142,6 +144,8 @@ class TrainConfig:
         for name, value in _checked(self).items():
             object.__setattr__(self, name, value)  # plain int, float and tuple, whatever they were before
         _require(self.buffer_size >= self.batch_size, "buffer_size", "at least batch_size", self.buffer_size)
+        whole = self.batch_size % self.minibatches == 0
+        _require(whole, "minibatches", f"a divisor of batch_size = {self.batch_size}", self.minibatches)
         hot = self.noise_start is not None
         both = hot == (self.anneal_steps > 0)
         _require(both, "anneal_steps", "> 0 with noise_start, 0 without", self.anneal_steps)
@@ -185,7 +189,7 @@ class TrainConfig:
 def _checked(c: TrainConfig) -> dict[str, Any]:
     "Every setting that is a number, checked and of its plain type."
     found: dict[str, Any] = {"seed": _whole("seed", c.seed, 0, 2**63 - 1)}
-    for name in ("n_iterations", "batch_size", "width", "hidden", "n_steps", "buffer_size", "monitor_every"):
+    for name in ("n_iterations", "batch_size", "minibatches", "width", "hidden", "n_steps", "buffer_size", "monitor_every"):
         found[name] = _whole(name, getattr(c, name), 1)
     for name in ("warmup", "sample_steps", "max_rollbacks", "anneal_steps"):
         found[name] = _whole(name, getattr(c, name), 0)
@@ -205,7 +209,7 @@ def _checked(c: TrainConfig) -> dict[str, Any]:
 # %% ../nbs/04_training.ipynb #f4afd053
 def learning_rate(
     config: TrainConfig,
-    step: int,  # updates done so far
+    step: int,  # iterations done so far
 ) -> float:
     """Linear warm-up, then half a cosine down to zero at `n_iterations`."""
     if step < config.warmup:
@@ -393,25 +397,36 @@ def match_noise(state: TrainState, x_pos: Tensor, ages: Tensor) -> Tensor:
 
 # %% ../nbs/04_training.ipynb #a878d816
 @torch.enable_grad()
-def train_step(
-    state: TrainState,  # changed in place: one update further
-    x_data: Tensor,  # (N, *shape), all training data
-) -> None:
-    """One iteration of the algorithm: data, negatives, one forward for both, one update, one step of the average."""
+def update(
+    state: TrainState,  # its weights, their average and the optimiser change in place
+    x_pos: Tensor,  # (n, *shape) data
+    x_neg: Tensor,  # (n, *shape) negatives
+) -> Tensor:  # (7,), a row of the history, in the order of `METRICS`
+    """One forward for data and negatives, one step of the optimiser, one step of the average."""
     cfg, energy = state.config, state.energy
-    x_pos = draw_data(state, x_data)
-    x_neg, ages = draw_negatives(state, x_pos)
-    x_pos = match_noise(state, x_pos, ages)
-    e_pos, e_neg = evaluate_energy(energy, torch.cat([x_pos, x_neg])).split(cfg.batch_size)
-    loss = cd_loss(e_pos, e_neg, cfg.alpha)
+    e_pos, e_neg = evaluate_energy(energy, torch.cat([x_pos, x_neg])).split(len(x_pos))
+    loss, rate = cd_loss(e_pos, e_neg, cfg.alpha), learning_rate(cfg, state.step)
     state.optimizer.zero_grad()
     loss.loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(energy.parameters(), cfg.weight_grad_clip)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(cfg, state.step)
+        group["lr"] = rate
     state.optimizer.step()
     state.ema.update_parameters(energy)
-    _record(state, loss.loss, loss.energy_gap, e_pos.mean(), e_neg.mean(), grad_norm, _saturation(x_neg, cfg.bounds))
+    found = loss.loss, loss.energy_gap, e_pos.mean(), e_neg.mean(), grad_norm, _saturation(x_neg, cfg.bounds)
+    return torch.stack([v.detach() for v in found] + [torch.tensor(rate, device=x_pos.device)])
+
+
+def train_step(
+    state: TrainState,  # changed in place: one iteration further
+    x_data: Tensor,  # (N, *shape), all training data
+) -> None:
+    """One iteration of the algorithm: data, negatives, and an update for each minibatch of both."""
+    x_pos = draw_data(state, x_data)
+    x_neg, ages = draw_negatives(state, x_pos)
+    x_pos = match_noise(state, x_pos, ages)
+    parts = zip(x_pos.chunk(state.config.minibatches), x_neg.chunk(state.config.minibatches), strict=True)
+    state.history[state.step] = torch.stack([update(state, pos, neg) for pos, neg in parts]).mean(0)
     state.step += 1
 
 # %% ../nbs/04_training.ipynb #a5fc4477
@@ -420,12 +435,6 @@ def _saturation(x: Tensor, bounds: tuple[float, float] | None) -> Tensor:
     if bounds is None:
         return torch.zeros((), device=x.device)
     return ((x <= bounds[0]) | (x >= bounds[1])).float().mean()
-
-
-def _record(state: TrainState, *values: Tensor) -> None:
-    "One row of the history, written on the device."
-    rate = torch.tensor(learning_rate(state.config, state.step), device=state.history.device)
-    state.history[state.step] = torch.stack([v.detach() for v in values] + [rate])
 
 # %% ../nbs/04_training.ipynb #b332409e
 class DivergenceError(ArithmeticError):
@@ -975,14 +984,15 @@ def _check_fit(
         _require(bool(torch.isfinite(saved[name]).all()), f"tensor {name!r}", "finite", "NaN or infinite values")
     images = [k for k, p in network.named_parameters() if p.ndim == 4]
     _require({*header["channels_last"]} <= {*images}, "channels_last", "names of convolutions", header["channels_last"])
-    _check_counts(header["step"], saved)
+    _check_counts(header["step"], config.minibatches, saved)
 
 
-def _check_counts(step: int, saved: Mapping[str, Tensor]) -> None:
-    "Raises `ValueError` for counters, ages and records that no run of so many updates can have."
+def _check_counts(step: int, minibatches: int, saved: Mapping[str, Tensor]) -> None:
+    "Raises `ValueError` for counters, ages and records that no run of so many iterations can have."
+    updates = step * minibatches
     for name, t in saved.items():
         if name == "ema.n_averaged" or (name.startswith("optimizer.") and name.endswith(".step")):
-            _require(0 <= float(t) <= step and float(t).is_integer(), name, f"a count up to {step}", float(t))
+            _require(0 <= float(t) <= updates and float(t).is_integer(), name, f"a count up to {updates}", float(t))
         if name.startswith("optimizer.") and name.endswith(".exp_avg_sq"):
             _require(bool((t >= 0).all()), name, "squares", "negative values")
     ages, done, rest = saved["buffer.ages"], saved["history"][:step], saved["history"][step:]

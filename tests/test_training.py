@@ -101,6 +101,20 @@ def test_one_update_is_adam_on_the_clipped_cd_gradient(x):
         torch.testing.assert_close(p, moved, rtol=1e-3, atol=1e-5)
 
 
+def test_minibatches_share_one_walk(x):
+    """Two updates from one walk: the first as if its half were the batch, and each pair is used once."""
+    config = dataclasses.replace(TINY, minibatches=2)
+    state, twin = init_state(config, x), init_state(config, x)
+    x_pos = training.draw_data(twin, x)
+    x_neg = training.draw_negatives(twin, x_pos).x
+    rows = [training.update(twin, x_pos[half], x_neg[half]) for half in (slice(0, 8), slice(8, 16))]
+    assert not torch.equal(*rows)
+    train_step(state, x)
+    assert all(torch.equal(p, q) for p, q in zip(state.energy.parameters(), twin.energy.parameters(), strict=True))
+    torch.testing.assert_close(state.history[0], torch.stack(rows).mean(0))
+    assert state.step == 1 and int(state.ema.n_averaged) == 2 and int((state.buffer.ages == 3).sum()) == 16
+
+
 def test_learning_rate_reaches_the_optimiser(x):
     state = init_state(TINY, x)
     for step in range(3):
@@ -339,9 +353,9 @@ def test_broken_chains_are_a_named_divergence(x):
 
 
 @pytest.mark.parametrize("when", [1, 5, 9])
-@pytest.mark.parametrize("negatives", ["buffer", "data"])
-def test_resume_is_bit_exact(x, tmp_path, when, negatives):
-    config = dataclasses.replace(TINY, negatives=negatives)
+@pytest.mark.parametrize(("negatives", "minibatches"), [("buffer", 1), ("data", 1), ("buffer", 4)])
+def test_resume_is_bit_exact(x, tmp_path, when, negatives, minibatches):
+    config = dataclasses.replace(TINY, negatives=negatives, minibatches=minibatches)
     straight = train(x, config, progress=False)
     path = tmp_path / "c.safetensors"
     train(x, config, progress=False, checkpoint=path, stop=stop_after(when))
@@ -514,6 +528,8 @@ def test_unusable_data(bad, expected):
     [
         ("n_iterations", 0),
         ("batch_size", 2.5),
+        ("minibatches", 0),
+        ("minibatches", 7),
         ("n_steps", 0),
         ("step_size", 0.0),
         ("step_size", -1.0),
