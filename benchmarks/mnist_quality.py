@@ -42,7 +42,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 RECIPE = RECIPES["mnist"]
 
 # Ablations are compared with the recipe at this length, so that each takes a few minutes.
-SHORTER = {"n_iterations": 4000}
+SHORTER = {"n_iterations": 2000, "on_divergence": "stop"}
 
 # What happens without each choice: a name for the table, and what is set instead (no setting of that name: a trick).
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "annealing in half the steps": {"anneal_steps": RECIPE.anneal_steps // 2},
     "annealing from three times the noise": {"noise_start": 3 * (RECIPE.noise_start or 0.0)},
     "chains younger than 20 steps do not count": {"youngest": 20},
-    "twice the batch, half the updates": {"batch_size": 128, "n_iterations": 2000},
+    "one update for each walk": {"minibatches": 1},
+    "four updates for each walk": {"batch_size": 256, "minibatches": 4, "n_iterations": 1000},
+    "learning rate 0.003": {"learning_rate": 0.003},
     "learning rate 0.01": {"learning_rate": 0.01},
     "constant learning rate": {"schedule": "constant"},
     "5 steps instead of 10": {"n_steps": 5},
@@ -217,6 +219,7 @@ def one_seed(
     except DivergenceError as error:
         return {"seed": config.seed, "diverged": str(error)}, None
     row: dict[str, Any] = {"seed": config.seed, "train_seconds": round(time.perf_counter() - began, 1)}
+    row["rollbacks"] = len(state.rollbacks)
     if n:
         row["lengths"], row["picture"] = lengths(state, real, n, n_long, factor, config.seed)
     return row, state

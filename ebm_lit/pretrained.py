@@ -19,16 +19,21 @@ from .training import TrainConfig, TrainState, init_state
 RECIPES: dict[str, TrainConfig] = {
     "digits": TrainConfig(),
     "mnist": TrainConfig(
-        n_iterations=7000,
+        n_iterations=3500,
+        batch_size=128,
+        minibatches=2,
         width=16,
         hidden=64,
         step_size=6.0,
         noise_scale=0.036,
         noise_start=0.3,
-        anneal_steps=150,
+        anneal_steps=300,
         data_noise=0.06,
         reinit_age=50.0,
-        sample_steps=200,
+        sample_steps=400,
+        learning_rate=0.002,
+        max_energy_gap=20.0,
+        on_divergence="rollback",
     ),
 }
 
