@@ -222,7 +222,7 @@ METRICS = ("loss", "energy_gap", "energy_data", "energy_negatives", "grad_norm",
 
 
 class Snapshot(NamedTuple):
-    """A checkpoint in memory: a run as it was after some update."""
+    """A checkpoint in memory: a run as it was after some iteration."""
 
     header: dict[str, Any]  # plain values: configuration, iteration, rollbacks, …
     tensors: dict[str, Tensor]  # weights, average, moments, buffer, history and random state
@@ -234,7 +234,7 @@ class Rollback:
 
     signal: str  # what tripped the monitor
     step: int  # at which iteration
-    back_to: int  # updates done in the state that the run returned to
+    back_to: int  # iterations done in the state that the run returned to
     factor: float  # learning rate from there on, relative to that of the beginning
 
 
@@ -251,7 +251,7 @@ class TrainState:
     generator: torch.Generator  # the only source of randomness
     history: Tensor  # (n_iterations, len(METRICS)); rows that are still to come are NaN
     data_hash: str  # fingerprint of the training data
-    step: int = 0  # updates done
+    step: int = 0  # iterations done
     rollbacks: list[Rollback] = field(default_factory=list)  # what went wrong so far and was undone
     walk_on: Energy | None = None  # the network with a fast gradient, for its chains; made when they first need it
     good: list[Snapshot] = field(default_factory=list)  # where a rollback can return to, oldest first
@@ -487,7 +487,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,  # asked between iterations; True ends the run early, in good order
     progress: bool = True,  # show a progress bar if there is a terminal or a notebook
 ) -> TrainState:
-    """Train an energy by contrastive divergence until `config.n_iterations` updates are done.
+    """Train an energy by contrastive divergence until `config.n_iterations` iterations are done.
 
     When the monitor trips, `config.on_divergence` decides: "stop" raises, "rollback" returns to the last good state.
     Raises `ValueError` for unusable data or a `state` that belongs to other data, `DivergenceError` when the run is
