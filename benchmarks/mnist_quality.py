@@ -52,7 +52,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "annealing in half the steps": {"anneal_steps": RECIPE.anneal_steps // 2},
     "annealing from three times the noise": {"noise_start": 3 * (RECIPE.noise_start or 0.0)},
     "chains younger than 20 steps do not count": {"youngest": 20},
-    "one update for each walk": {"minibatches": 1},
+    "one update for each walk, half as many": {"minibatches": 1},
     "four updates for each walk": {"batch_size": 256, "minibatches": 4, "n_iterations": 750},
     "learning rate 0.003": {"learning_rate": 0.003},
     "learning rate 0.01": {"learning_rate": 0.01},
@@ -240,14 +240,15 @@ def show(name: str, row: dict[str, Any]) -> None:
 
 
 def merge(path: Path, setting: dict[str, Any], rows: list[dict[str, Any]], key: str) -> None:
-    """Add rows to the stored ones; those of another recipe are dropped."""
+    """Add rows to the stored ones; those of another recipe, or of another length, are dropped."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    same = old.get("recipe") == json.loads(json.dumps(setting["recipe"]))  # tuples are lists in JSON
+    wanted = json.loads(json.dumps({k: setting.get(k) for k in ("recipe", "shorter")}))  # tuples are lists in JSON
+    same = all(old.get(k) == v for k, v in wanted.items())
     kept = old["runs"] if same else []
     new = {row[key]: row for row in rows}
     merged = [row for row in kept if row[key] not in new] + rows
     order = list(ABLATIONS)
-    merged.sort(key=lambda row: order.index(row[key]) if row[key] in order else row[key])
+    merged.sort(key=lambda row: (order.index(row[key]), 0) if row[key] in order else (len(order), row[key]))
     RESULTS.mkdir(exist_ok=True)
     write_atomically(path, json.dumps({**setting, "runs": merged}, indent=1, ensure_ascii=False).encode() + b"\n")
 
@@ -308,7 +309,7 @@ def main() -> None:
             network = {"class": "EnergyCNN", **shape, "parameters": count_parameters(state.energy)}
             card = {"network": network, "seed": seed, "command": "python benchmarks/mnist_quality.py --ship"}
             card |= {"config": dataclasses.asdict(config), **about("mnist", seen)}
-            metrics = {"train_seconds": row["train_seconds"], "lengths": row["lengths"]}
+            metrics = {k: row[k] for k in ("train_seconds", "rollbacks", "lengths")}
             ship("mnist", state.ema.module, card, metrics)
 
 

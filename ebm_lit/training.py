@@ -126,7 +126,7 @@ class TrainConfig:
     warmup: int = 50  # iterations of linear warm-up; half a cosine down to zero follows
     beta1: float = 0.0  # Adam's momentum
     weight_grad_clip: float = 1.0  # largest norm of the weights' gradient
-    ema_decay: float = 0.999  # of the averaged weights, which draw the samples
+    ema_decay: float = 0.999  # per update, of the averaged weights, which draw the samples
     # the monitor
     monitor_every: int = 50  # iterations between two looks
     max_energy_gap: float = 50.0  # largest |mean E(data) − mean E(negatives)|
@@ -189,7 +189,8 @@ class TrainConfig:
 def _checked(c: TrainConfig) -> dict[str, Any]:
     "Every setting that is a number, checked and of its plain type."
     found: dict[str, Any] = {"seed": _whole("seed", c.seed, 0, 2**63 - 1)}
-    for name in ("n_iterations", "batch_size", "minibatches", "width", "hidden", "n_steps", "buffer_size", "monitor_every"):
+    sizes = ("n_iterations", "batch_size", "minibatches", "width", "hidden", "n_steps", "buffer_size", "monitor_every")
+    for name in sizes:
         found[name] = _whole(name, getattr(c, name), 1)
     for name in ("warmup", "sample_steps", "max_rollbacks", "anneal_steps"):
         found[name] = _whole(name, getattr(c, name), 0)
@@ -426,7 +427,9 @@ def train_step(
     x_neg, ages = draw_negatives(state, x_pos)
     x_pos = match_noise(state, x_pos, ages)
     parts = zip(x_pos.chunk(state.config.minibatches), x_neg.chunk(state.config.minibatches), strict=True)
-    state.history[state.step] = torch.stack([update(state, pos, neg) for pos, neg in parts]).mean(0)
+    rows = torch.stack([update(state, pos, neg) for pos, neg in parts])
+    state.history[state.step] = rows.mean(0)
+    state.history[state.step, METRICS.index("grad_norm")] = rows[:, METRICS.index("grad_norm")].max()  # for the monitor
     state.step += 1
 
 # %% ../nbs/04_training.ipynb #a5fc4477
