@@ -7,6 +7,7 @@ import sys
 import time
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,20 +180,25 @@ def test_report_counts_by_hand() -> None:
 STORED = BENCHMARKS / "results"
 
 
-def test_stored_seeds_are_of_this_recipe_and_none_diverged() -> None:
-    """Written by benchmarks/mnist_quality.py --store: the recipe in force, every seed drew digits at both lengths.
-
-    Over ten times the length the distance grows by a factor of 1.5 to 2.1 (seed 3: 2.08, where 2 was the aim).
-    """
+def judged_seeds() -> list[list[dict[str, Any]]]:
+    """What the judge said of the stored seeds, at the nominal length and at ten times that."""
     stored = json.loads((STORED / "mnist_quality.json").read_text(encoding="utf-8"))
     assert TrainConfig.from_dict(stored["recipe"]) == RECIPES["mnist"], "measured with another recipe"
     assert len(stored["runs"]) >= 5 and [r for r in stored["runs"] if "diverged" in r] == []
-    judged = [list(r["lengths"].values()) for r in stored["runs"] if r.get("lengths")]
-    for first, last in judged:
+    return [list(r["lengths"].values()) for r in stored["runs"] if r.get("lengths")]
+
+
+def test_stored_seeds_are_of_this_recipe_and_none_diverged() -> None:
+    """Written by benchmarks/mnist_quality.py --store: the recipe in force, every seed drew digits at both lengths."""
+    for first, last in judged_seeds():
         assert first["over_floor"] <= 3 and first["confident"] >= 0.9 and first["smallest_class"] >= 0.05, first
         assert last["confident"] >= 0.85 and last["smallest_class"] >= 0.04, "long chains stay digits of all classes"
-    growth = [last["frechet"] / first["frechet_of_the_few"] for first, last in judged]
-    assert sum(growth) / len(growth) <= 2 and max(growth) <= 2.1, growth
+
+
+@pytest.mark.xfail(reason="a target that is missed: the distance of seed 3 grows by a factor of 2.08", strict=True)
+def test_stored_seeds_at_most_double_their_distance_over_ten_times_the_length() -> None:
+    for first, last in judged_seeds():
+        assert last["frechet"] <= 2 * first["frechet_of_the_few"]
 
 
 @pytest.mark.slow
