@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ebm_lit import EnergyCNN, EnergyMLP, Langevin, TrainConfig, uniform_init
+from ebm_lit.fast import accelerate
 from ebm_lit.training import init_state, learning_rate, train_step
 
-OURS, TEXTBOOK = "ebm_lit", "textbook"
+OURS, COMPILED, TEXTBOOK = "ebm_lit", "ebm_lit, compiled", "textbook"
 PEERS = {"torchebm": "0.8.9", "ebmkit": "0.16"}  # distribution -> the version that was read
 
 
@@ -58,6 +59,27 @@ def chain_ours(net: nn.Module, case: ChainCase, device: torch.device) -> Chain:
     sampler = Langevin(case.step_size, case.n_steps, noise_scale=case.noise_scale, bounds=case.bounds)
     g = torch.Generator(device).manual_seed(1)
     return lambda x0: sampler.sample(net, x0, generator=g)
+
+
+class NotCompiled(RuntimeError):
+    """`torch.compile` gave up, and the chain was made without it."""
+
+
+def chain_compiled(net: nn.Module, case: ChainCase, device: torch.device) -> Chain:
+    """Ours with the energy and its gradient through `torch.compile`; the first call compiles."""
+    sampler = Langevin(
+        case.step_size, case.n_steps, noise_scale=case.noise_scale, bounds=case.bounds, accelerate="compile"
+    )
+    torch._dynamo.reset()  # so that no case finds the limit of compilations used up by another
+    g, walk_on = torch.Generator(device).manual_seed(1), accelerate(net, case.starts(0, device), "compile")[0]
+
+    def chain(x0: Tensor) -> Tensor:
+        found = sampler.run(walk_on, x0, generator=g)
+        if found.engine != "compiled":
+            raise NotCompiled(found.engine)
+        return found.x
+
+    return chain
 
 
 def textbook_chain(
@@ -115,6 +137,7 @@ def chain_ebmkit(net: nn.Module, case: ChainCase, device: torch.device) -> Chain
 
 CHAINS: dict[str, Callable[[nn.Module, ChainCase, torch.device], Chain]] = {
     OURS: chain_ours,
+    COMPILED: chain_compiled,
     TEXTBOOK: chain_textbook,
     "torchebm": chain_torchebm,
     "ebmkit": chain_ebmkit,

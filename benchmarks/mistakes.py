@@ -134,8 +134,8 @@ MISTAKES = (
     Mistake(
         "a chain climbs: sign of the gradient in its steps",
         "langevin",
-        "self.state.sub_(torch.mul(s.clip(grad), self.eta, out=self.move))",
-        "self.state.add_(torch.mul(s.clip(grad), self.eta, out=self.move))",
+        "x.sub_(torch.mul(s.clip(grad), eta, out=spare))",
+        "x.add_(torch.mul(s.clip(grad), eta, out=spare))",
         (LANGEVIN,),
     ),
     Mistake(
@@ -176,17 +176,17 @@ MISTAKES = (
     Mistake(
         "noise shared between the coordinates",
         "langevin",
-        "device=drawn.device, out=drawn)",
-        "device=drawn.device, out=drawn)\n"
-        "            first = drawn.flatten(2)[..., :1].clone()\n"
-        "            drawn.copy_(first.view(*drawn.shape[:2], *[1] * (drawn.ndim - 2)).expand_as(drawn))",
+        "device=out.device, out=out)",
+        "device=out.device, out=out)\n"
+        "            first = out.flatten(2)[..., :1].clone()\n"
+        "            out.copy_(first.view(*out.shape[:2], *[1] * (out.ndim - 2)).expand_as(out))",
         (LANGEVIN, LAWS),
     ),
     Mistake(
         "noise shared between the chains",
         "langevin",
-        "device=drawn.device, out=drawn)",
-        "device=drawn.device, out=drawn)\n            drawn.copy_(drawn[:, :1].clone().expand_as(drawn))",
+        "device=out.device, out=out)",
+        "device=out.device, out=out)\n            out.copy_(out[:, :1].clone().expand_as(out))",
         (LANGEVIN, LAWS),
     ),
     Mistake(
@@ -220,15 +220,15 @@ MISTAKES = (
     Mistake(
         "the steps of a block all take the first noise",
         "langevin",
-        ".add_(self.moves[i])",
-        ".add_(self.moves[0])",
+        "for omega, places in zip(noise.unbind(),",
+        "for omega, places in zip(noise[:1].expand_as(noise).unbind(),",
         (LANGEVIN, FAST),
     ),
     Mistake(
         "clip after instead of before: the step is clipped, not the gradient",
         "langevin",
-        "self.state.sub_(torch.mul(s.clip(grad), self.eta, out=self.move))",
-        "self.state.sub_(s.clip(torch.mul(grad, self.eta, out=self.move)))",
+        "x.sub_(torch.mul(s.clip(grad), eta, out=spare))",
+        "x.sub_(s.clip(torch.mul(grad, eta, out=spare)))",
         (LANGEVIN,),
     ),
     Mistake(
@@ -241,27 +241,27 @@ MISTAKES = (
     Mistake(
         "bounds ignored",
         "langevin",
-        "                self.state.clamp_(*s.bounds)",
-        "                pass",
+        "        x.clamp_(*s.bounds)",
+        "        pass",
         (LANGEVIN,),
     ),
     Mistake(
         "bounds applied before the noise",
         "langevin",
-        """.add_(self.moves[i])
-            if s.bounds is not None:
-                self.state.clamp_(*s.bounds)""",
+        """.add_(omega)
+    if s.bounds is not None:
+        x.clamp_(*s.bounds)""",
         """
-            if s.bounds is not None:
-                self.state.clamp_(*s.bounds)
-            self.state.add_(self.moves[i])""",
+    if s.bounds is not None:
+        x.clamp_(*s.bounds)
+    x.add_(omega)""",
         (LANGEVIN,),
     ),
     Mistake(
         "the chain moves the caller's tensor",
         "langevin",
-        "self.state, self.noise = x.clone(memory_format=torch.contiguous_format), self.drawn",
-        "self.state, self.noise = x.contiguous(), self.drawn",
+        "self.state, self.eta = x.clone(memory_format=torch.contiguous_format), ",
+        "self.state, self.eta = x.contiguous(), ",
         (LANGEVIN, TRAINING),
     ),
     Mistake(
@@ -274,16 +274,38 @@ MISTAKES = (
     Mistake(
         "non-finite alarm ignored in a chain",
         "langevin",
-        "            alarm.check(track.x)",
+        "            alarm.check(last)",
         "            pass",
         (LANGEVIN, TRAINING),
     ),
     Mistake(
         "the alarm watches the energy but not the gradient",
         "langevin",
-        "zip((e, grad), self.places[i], strict=True)",
-        "zip((e, e), self.places[i], strict=True)",
+        "zip((e, grad), places, strict=True)",
+        "zip((e, e), places, strict=True)",
         (LANGEVIN,),
+    ),
+    Mistake(
+        "a block that leaves the engine is not put back",
+        "langevin",
+        """            self.copy_out()
+            self.engine.x[""",
+        "            self.engine.x[",
+        (FAST,),
+    ),
+    Mistake(
+        "every block anneals by the ages of the first",
+        "langevin",
+        "_like_batch(sigma[:, block] if",
+        "_like_batch(sigma[:, : block.stop - block.start] if",
+        (FAST,),
+    ),
+    Mistake(
+        "alarms of all blocks but the last are overwritten",
+        "langevin",
+        "zip(noise.unbind(), track.places[k][first:last], strict=True)",
+        "zip(noise.unbind(), track.places[0][first:last], strict=True)",
+        (FAST,),
     ),
     Mistake(
         "diagnostics measure the gradient after the clip",
@@ -724,8 +746,10 @@ MISTAKES = (
     Mistake(
         "fast gradient: a row of the kernel missing on the way up",
         "fast",
-        "            for ky in range(3)\n",
-        "            for ky in range(2)\n",
+        "(self.z[i], self.rows[ky].expand(wo, -1, -1), _runs(x[2 * i + ky - 1], 3, 2, wo))\n"
+        "            for i in range(ho)\n            for ky in range(3)\n",
+        "(self.z[i], self.rows[ky].expand(wo, -1, -1), _runs(x[2 * i + ky - 1], 3, 2, wo))\n"
+        "            for i in range(ho)\n            for ky in range(2)\n",
         (FAST,),
     ),
     Mistake(
@@ -761,6 +785,36 @@ MISTAKES = (
         "fast",
         "alpha=1 / self.confine**2",
         "alpha=0.5 / self.confine**2",
+        (FAST,),
+    ),
+    Mistake(
+        "weights learn from the sum of the energies, not from the loss",
+        "fast",
+        "            g = g * slopes\n",
+        "            pass\n",
+        (FAST,),
+    ),
+    Mistake(
+        "weights of the first convolution learn with rows and columns exchanged",
+        "fast",
+        "unflatten(1, shape).permute(0, 3, 1, 2), both[:, -1]",
+        "unflatten(1, shape).permute(0, 3, 2, 1), both[:, -1]",
+        (FAST,),
+    ),
+    Mistake(
+        "learning with the weights of the first batch",
+        "fast",
+        """        self.engine.load(self.network)
+        self.engine.x[0] = x
+""",
+        "        self.engine.x[0] = x\n",
+        (FAST,),
+    ),
+    Mistake(
+        "frozen parameters learn",
+        "fast",
+        "torch.empty_like(p).copy_(grad) if p.requires_grad else None",
+        "torch.empty_like(p).copy_(grad)",
         (FAST,),
     ),
     Mistake(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .energy import Energy, energy_and_grad, frozen
-from .fast import Accelerated, Compiled, Mode, accelerate
+from .fast import Accelerated, Compiled, Engine, Mode, accelerate
 
 # %% ../nbs/02_langevin.ipynb #b1be5d2b
 def langevin_step(
@@ -261,93 +261,178 @@ def _same_device(a: torch.device, b: torch.device) -> bool:
     return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
 
 # %% ../nbs/02_langevin.ipynb #6f96df99
+class _Blocks:
+    """The chains of a track in an engine, a block of them at a time, in the engine's own layout."""
+
+    def __init__(self, state: Tensor, engine: Engine, rows: int, m: int) -> None:
+        self.state, self.engine, self.parts = state, engine, len(engine.x)
+        self.blocks = [slice(i, min(i + rows, len(state))) for i in range(0, len(state), rows)]
+        self.inside = slice(0, 0)  # which of them the engine holds
+        strides = torch.empty_like(engine.x).stride()
+        self.noise = engine.x.new_empty_strided((m, *engine.x.shape), (engine.x.numel(), *strides))
+        self.spare = torch.empty_like(engine.x)
+
+    def at(self, block: slice) -> tuple[slice, slice]:
+        """Where in the engine a block's chains are: the last block may be shorter than the others."""
+        return slice(None), slice((block.stop - block.start) // self.parts)
+
+    def enter(self, block: slice) -> None:
+        """Let this block's chains in, and those that were there out."""
+        if block != self.inside:
+            self.copy_out()
+            self.engine.x[self.at(block)] = self.state[block].unflatten(0, (self.parts, -1))
+            self.inside = block
+
+    def copy_out(self) -> None:
+        """Bring the state up to date; the engine keeps its chains."""
+        if self.inside.stop > 0:
+            self.state[self.inside].unflatten(0, (self.parts, -1)).copy_(self.engine.x[self.at(self.inside)])
+
+    def walk(self, track: "_Track", first: int, last: int) -> None:
+        """The steps first, …, last − 1 of those that are drawn, with one block after the other."""
+        engine, drawn, sigma = self.engine, track.drawn[first:last], track.sigma(slice(first, last))
+        for k, block in enumerate(self.blocks):
+            self.enter(block)
+            at = self.at(block)
+            noise = self.noise[(slice(first, last), *at)]
+            own = _like_batch(sigma[:, block] if isinstance(sigma, Tensor) else sigma, drawn)
+            own = own.unflatten(1, (self.parts, -1)) if isinstance(own, Tensor) else own
+            torch.mul(drawn[:, block].unflatten(1, (self.parts, -1)), own, out=noise)
+            x, spare = engine.x[at], self.spare[at]
+            for omega, places in zip(noise.unbind(), track.places[k][first:last], strict=True):
+                e, grad = engine()[: block.stop - block.start], engine.grad[at]
+                _tally(places, e, grad)
+                if track.seen is not None:
+                    track.seen[0][block], track.seen[1][block] = e, grad.flatten(0, 1)
+                _move(track.sampler, x, grad, track.eta, omega, spare)
+
+
 class _Track:
     """The next m steps of B chains, on buffers that stay in place."""
 
-    def __init__(self, sampler: "Langevin", energy: Energy, x: Tensor, n_steps: int, ages: int | Tensor = 0) -> None:
-        self.sampler, self.energy = sampler, energy
-        self.sigma: float | Tensor = sampler.sigma  # or, of chains that anneal, (count, B)
-        self.ages = torch.as_tensor(ages, device=x.device).expand(len(x)) if sampler.anneal_steps else None
-        self.replay: Callable[[], None] | None = None  # the m steps as one CUDA graph
+    def __init__(
+        self,
+        sampler: "Langevin",
+        energy: Energy,
+        x: Tensor,
+        n_steps: int,
+        ages: int | Tensor = 0,
+        generator: torch.Generator | None = None,
+        watched: bool = False,  # keep each step's energies and gradients in `seen`
+    ) -> None:
+        self.sampler, self.energy, self.n_steps, self.generator = sampler, energy, n_steps, generator
         self.plain = type(sampler).step is Langevin.step  # a subclass may move in a way of its own
         self.m = _steps_at_once(x, n_steps) if self.plain else 1
-        self.engine = energy.engine if self.plain and isinstance(energy, Accelerated) and energy.holds(x) else None
-        self.drawn = x.new_zeros(self.m, *x.shape)
-        if self.engine is None:
-            self.state, self.noise = x.clone(memory_format=torch.contiguous_format), self.drawn
-        else:  # the chains live where the engine reads them, and the noise in the same layout
-            self.state = self.engine.x
-            self.state.copy_(x.reshape(self.state.shape))
-            strides = torch.empty_like(self.state).stride()
-            self.noise = x.new_empty_strided((self.m, *self.state.shape), (x.numel(), *strides))
-        self.move, self.moves = torch.empty_like(self.state), self.noise.unbind()
-        self.eta = x.new_tensor(sampler.step_size)
-        self.sums = x.new_zeros(self.m, 2, dtype=torch.promote_types(x.dtype, torch.float32))
-        self.places = [row.unbind() for row in self.sums]
+        self.state, self.eta = x.clone(memory_format=torch.contiguous_format), x.new_tensor(sampler.step_size)
+        self.blocks: _Blocks | None = None
+        if self.plain and isinstance(energy, Accelerated) and energy.holds(x):
+            self.blocks = _Blocks(self.state, energy.engine, energy.rows, self.m)
+        self.spare = torch.empty_like(self.state if self.blocks is None else self.state[:0])
+        self.seen = (x.new_empty(len(x)), torch.empty_like(self.state)) if watched else None
+        n_blocks = 1 if self.blocks is None else len(self.blocks.blocks)
+        self.sums = x.new_zeros(n_blocks, self.m, 2, dtype=torch.promote_types(x.dtype, torch.float32))
+        self.places = [[row.unbind() for row in of_block] for of_block in self.sums]
+        self.drawn = x.new_zeros(self.m, *x.shape)  # noise; of unit variance where it goes into an engine
+        self.ages = self.sigmas = None
+        if sampler.anneal_steps:
+            self.ages, self.sigmas = torch.as_tensor(ages, device=x.device), x.new_zeros(self.m, len(x))
+        self.done = 0  # steps whose noise was drawn; all are made before the next are drawn
+        self.replay: Callable[[], None] | None = None  # m steps as one CUDA graph
 
-    @property
-    def x(self) -> Tensor:
-        """(B, *shape), where the chains are."""
-        return self.state if self.engine is None else self.state.flatten(0, 1)
+    def current(self) -> Tensor:
+        """(B, *shape), where the chains are; the track's own memory."""
+        if self.blocks is not None:
+            self.blocks.copy_out()
+        return self.state
 
-    def draw(self, first: int, count: int, generator: torch.Generator | None) -> None:
-        """The noise of the steps first, …, first + count − 1."""
-        drawn, self.generator = self.drawn[:count], generator
-        if self.ages is not None:
-            steps = torch.arange(first, first + count, device=self.ages.device)[:, None]
-            self.sigma = self.sampler.sigma_at(self.ages + steps).to(drawn.dtype)  # (count, B)
+    def put(self, x: Tensor) -> None:
+        """Set the chains down at x, the first block in its engine: a graph of one block then holds no copy."""
+        self.state.copy_(x)
+        if self.blocks is not None:
+            self.blocks.inside = slice(0, 0)
+            self.blocks.enter(self.blocks.blocks[0])
+
+    def draw(self) -> int:
+        """The noise of the next m steps, or of those that are left; returns how many."""
+        count = min(self.m, self.n_steps - self.done)
+        if self.ages is not None and self.sigmas is not None:
+            steps = torch.arange(self.done, self.done + count, device=self.ages.device)[:, None]
+            self.sigmas[:count] = self.sampler.sigma_at(self.ages + steps)
         if self.plain:
-            torch.randn(drawn.shape, generator=generator, dtype=drawn.dtype, device=drawn.device, out=drawn)
-            noise, sigma = self.noise[:count], self.sigma
-            if isinstance(sigma, Tensor):
-                sigma = sigma.view(*noise.shape[: noise.ndim - drawn.ndim + 2], *[1] * (drawn.ndim - 2))
-            torch.mul(drawn.view_as(noise), sigma, out=noise)
+            out = self.drawn[:count]
+            torch.randn(out.shape, generator=self.generator, dtype=out.dtype, device=out.device, out=out)
+            if self.blocks is None:
+                out.mul_(_like_batch(self.sigma(slice(count)), out))
+        self.done += count
+        return count
 
-    def sigma_of(self, i: int) -> float | Tensor:
-        """σ of step i of those drawn: one number, or (B,)."""
-        return self.sigma[i] if isinstance(self.sigma, Tensor) else self.sigma
+    def sigma(self, steps: int | slice) -> float | Tensor:
+        """σ of steps of those drawn: one number, or (B,), or (count, B)."""
+        return self.sampler.sigma if self.sigmas is None else self.sigmas[steps]
 
-    def step(self, i: int) -> tuple[Tensor, Tensor]:
-        s, engine = self.sampler, self.engine
-        e, grad = energy_and_grad(self.energy, self.state) if engine is None else (engine(), engine.grad)
-        for t, place in zip((e, grad), self.places[i], strict=True):
-            torch.sum(t, tuple(range(t.ndim)), dtype=place.dtype, out=place)
-        if self.plain:
-            self.state.sub_(torch.mul(s.clip(grad), self.eta, out=self.move)).add_(self.moves[i])
-            if s.bounds is not None:
-                self.state.clamp_(*s.bounds)
-        else:
-            own = (self.sigma[i],) if isinstance(self.sigma, Tensor) else ()
-            self.state.copy_(s.step(self.state, grad, self.generator, *own))
-        return e, grad
+    def walk(self, first: int, last: int) -> None:
+        """The steps first, …, last − 1 of those that are drawn."""
+        if self.blocks is not None:
+            self.blocks.walk(self, first, last)
+            return
+        s = self.sampler
+        for i in range(first, last):
+            e, grad = energy_and_grad(self.energy, self.state)
+            _tally(self.places[0][i], e, grad)
+            if self.seen is not None:
+                self.seen = e, grad
+            if self.plain:
+                _move(s, self.state, grad, self.eta, self.drawn[i], self.spare)
+            else:
+                own = () if self.sigmas is None else (self.sigmas[i],)
+                self.state.copy_(s.step(self.state, grad, self.generator, *own))
+
+
+def _like_batch(sigma: float | Tensor, noise: Tensor) -> float | Tensor:
+    """σ (m, B) with as many dimensions as the noise (m, B, *shape)."""
+    return sigma.view(*sigma.shape, *[1] * (noise.ndim - 2)) if isinstance(sigma, Tensor) else sigma
+
+
+def _tally(places: Sequence[Tensor], e: Tensor, grad: Tensor) -> None:
+    """A step's two sums for the alarm, each a scalar tensor."""
+    for t, place in zip((e, grad), places, strict=True):
+        torch.sum(t, tuple(range(t.ndim)), dtype=place.dtype, out=place)
+
+
+def _move(s: "Langevin", x: Tensor, grad: Tensor, eta: Tensor, omega: Tensor, spare: Tensor) -> None:
+    """x ← x − η∇E(x) + ω in place, clipped and clamped as the sampler wants it."""
+    x.sub_(torch.mul(s.clip(grad), eta, out=spare)).add_(omega)
+    if s.bounds is not None:
+        x.clamp_(*s.bounds)
 
 
 def _steps_at_once(x: Tensor, n_steps: int) -> int:
-    """How many steps' noise is drawn in one call: as much as stays in the cache, and no call changes the numbers."""
+    """How many steps' noise is drawn in one call; on a CPU no choice changes the numbers."""
     if x.is_cuda:
         return max(1, min(n_steps, 20, 2**27 // x.numel()))
-    return 1 if x.numel() % 16 else max(1, min(n_steps, 2**16 // x.numel()))  # PyTorch draws in groups of 16
+    return 1 if x.numel() % 16 else max(1, min(n_steps, 2**18 // x.numel()))  # PyTorch draws in groups of 16
 
 # %% ../nbs/02_langevin.ipynb #85e05d30
 def _record(track: _Track) -> str:
-    """Record the m steps as one CUDA graph in `track.replay`; says what became of it. `track.x` stays as it is."""
+    """Record the m steps as one CUDA graph in `track.replay`; says what became of it. The chains stay where they are."""
     start = track.state.clone()
+    assert track.blocks is None or len(track.blocks.blocks) == 1, "a graph of several blocks would mix them up"
     try:
-        side = torch.cuda.Stream(track.x.device)
-        side.wait_stream(torch.cuda.current_stream(track.x.device))
+        track.put(start)
+        here, side = torch.cuda.current_stream(start.device), torch.cuda.Stream(start.device)
+        side.wait_stream(here)
         with torch.cuda.stream(side):
-            track.step(0)  # libraries choose their kernels before the recording
-        torch.cuda.current_stream(track.x.device).wait_stream(side)
+            track.walk(0, 1)  # libraries choose their kernels before the recording
+        here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(track.m):
-                track.step(i)
+        with torch.cuda.graph(graph, stream=side):
+            track.walk(0, track.m)
         track.replay = graph.replay
         return f" in CUDA graphs of {track.m} steps"
     except RuntimeError as error:
         return f", step by step: no CUDA graph ({str(error).splitlines()[0]})"
     finally:
-        track.state.copy_(start)
+        track.put(start)
 
 # %% ../nbs/02_langevin.ipynb #cdc6ff5c
 @dataclass(frozen=True)
@@ -457,25 +542,25 @@ class Langevin:
             alarm, film = _Alarm(start, n), _Film(start, n, trajectory)
             records = _Records(self, start, n) if diagnostics else None
             fast, engine = accelerate(energy, start, self.accelerate, self.gradient_dtype)
-            track = _Track(self, fast, start, n, ages)
-            if start.is_cuda and isinstance(fast, Accelerated) and track.plain and not trajectory and not diagnostics:
+            track = _Track(self, fast, start, n, ages, generator, watched=trajectory > 0 or diagnostics)
+            if start.is_cuda and isinstance(fast, Accelerated) and track.plain and track.seen is None:
                 engine += _record(track)
-            for first in range(0, n, track.m):
-                count = min(track.m, n - first)
-                track.draw(first, count, generator)
+            while (first := track.done) < n:
+                count = track.draw()
                 if track.replay is not None and count == track.m:
                     track.replay()
-                    alarm.read(first, track.sums)
-                    continue
-                for i in range(count):
-                    e, grad = track.step(i)
-                    if trajectory:
-                        film.keep(first + i + 1, track.x)
-                    if records is not None:
-                        records.add(first + i, e, grad.reshape(start.shape), track.x, track.sigma_of(i))
-                alarm.read(first, track.sums[:count])
-            alarm.check(track.x)
-            last = track.x.clone(memory_format=torch.contiguous_format)  # never a buffer of an engine
+                elif track.seen is None:
+                    track.walk(0, count)
+                else:
+                    for i in range(count):
+                        track.walk(i, i + 1)
+                        x = track.current()
+                        film.keep(first + i + 1, x)
+                        if records is not None:
+                            records.add(first + i, *track.seen, x, track.sigma(i))
+                alarm.read(first, track.sums[:, :count].sum(0))
+            last = track.current()
+            alarm.check(last)
         engine = fast.report if isinstance(fast, Compiled) else engine
         report = None if records is None else records.result()
         return Chain(last, n, self.implied_temperature, *film.result(), report, engine)

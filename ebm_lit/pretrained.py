@@ -19,7 +19,7 @@ from .training import TrainConfig, TrainState, init_state
 RECIPES: dict[str, TrainConfig] = {
     "digits": TrainConfig(),
     "mnist": TrainConfig(
-        n_iterations=3500,
+        n_iterations=3800,
         batch_size=128,
         minibatches=2,
         width=16,
@@ -29,9 +29,9 @@ RECIPES: dict[str, TrainConfig] = {
         noise_start=0.3,
         anneal_steps=300,
         data_noise=0.06,
-        buffer_size=768,
+        buffer_size=512,
         reinit_age=50.0,
-        sample_steps=400,
+        sample_steps=320,
         learning_rate=0.002,
         max_energy_gap=20.0,
         on_divergence="rollback",

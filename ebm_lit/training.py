@@ -47,7 +47,7 @@ from ebm_lit.contrastive_divergence import (
     walk_buffer,
 )
 from .energy import Energy, EnergyCNN, EnergyMLP, evaluate_energy
-from .fast import Mode, accelerate
+from .fast import Learner, Mode, accelerate, choose_learner
 from .langevin import Chain, Langevin, NonFiniteError, uniform_init
 
 # %% ../nbs/04_training.ipynb #14a7afbf
@@ -101,7 +101,7 @@ class TrainConfig:
     batch_size: int = 64  # data per iteration, and as many negatives
     minibatches: int = 1  # parts of the batch, each with an update of its own
     seed: int = 0  # of everything that is drawn
-    accelerate: Mode = "auto"  # how chains get their gradients: auto, compile (torch.compile) or off (autograd)
+    accelerate: Mode = "auto"  # gradients: auto (by hand where we can), compile (of chains) or off (autograd)
     # the network
     width: int = 32  # channels of the first convolution (images), units of a layer (points)
     hidden: int = 128  # units before the last layer (images)
@@ -255,6 +255,7 @@ class TrainState:
     step: int = 0  # iterations done
     rollbacks: list[Rollback] = field(default_factory=list)  # what went wrong so far and was undone
     walk_on: Energy | None = None  # the network with a fast gradient, for its chains; made when they first need it
+    learner: Learner | None = None  # and with fast gradients of its weights, where there are any
     good: list[Snapshot] = field(default_factory=list)  # where a rollback can return to, oldest first
 
     @property
@@ -362,6 +363,12 @@ def _walk_on(state: TrainState, x: Tensor) -> Energy:
     return state.walk_on
 
 
+def _learner(state: TrainState, x: Tensor) -> Learner | None:
+    """Fast gradients of the weights for such a batch, in memory that is kept; None where autograd gives them."""
+    state.learner = choose_learner(state.energy, x, state.config.accelerate, state.learner)
+    return state.learner
+
+
 class Negatives(NamedTuple):
     """A batch of the model's own samples."""
 
@@ -405,10 +412,15 @@ def update(
 ) -> Tensor:  # (7,), a row of the history, in the order of `METRICS`
     """One forward for data and negatives, one step of the optimiser, one step of the average."""
     cfg, energy = state.config, state.energy
-    e_pos, e_neg = evaluate_energy(energy, torch.cat([x_pos, x_neg])).split(len(x_pos))
+    x = torch.cat([x_pos, x_neg])
+    learner = _learner(state, x)
+    e = evaluate_energy(energy, x) if learner is None else learner.energies(x)
+    e_pos, e_neg = e.split(len(x_pos))
     loss, rate = cd_loss(e_pos, e_neg, cfg.alpha), learning_rate(cfg, state.step)
     state.optimizer.zero_grad()
     loss.loss.backward()
+    if learner is not None and e.grad is not None:
+        learner.backward(e.grad)
     grad_norm = nn.utils.clip_grad_norm_(energy.parameters(), cfg.weight_grad_clip)
     for group in state.optimizer.param_groups:
         group["lr"] = rate

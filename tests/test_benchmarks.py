@@ -141,6 +141,8 @@ def test_stored_results_are_complete(speed: ModuleType, path: Path) -> None:
     assert list(report["cases"]) == [*speed.CHAIN_CASES, *speed.TRAIN_CASES] and report["skipped"] == {}
     for case in report["cases"].values():
         assert set(case["seconds"]) == {"ebm_lit", "textbook", "torchebm", "ebmkit"}
+        if case["kind"] != "training":
+            assert case["compiled"]["first_call_seconds"] > 0 and case["compiled"]["z"] <= speed.Z_LIMIT
         assert all(len(values) == case["repeats"] >= 10 for values in case["seconds"].values())
         assert all(moments.get("z", 0.0) <= speed.Z_LIMIT for moments in case["moments"].values())
         ours = case["seconds"]["ebm_lit"]
@@ -149,3 +151,16 @@ def test_stored_results_are_complete(speed: ModuleType, path: Path) -> None:
                 again = statistics.median(t / o for t, o in zip(values, ours, strict=True))
                 assert case["ratio"][name]["median"] == pytest.approx(again, rel=1e-3)
     assert set(report["memory"]["ratio"]) == {"ebm_lit", "textbook", "torchebm", "ebmkit"}
+
+
+def test_what_cannot_be_compiled_is_reported(speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import contenders
+
+    def gives_up(net: nn.Module, case: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
+        def chain(x0: Tensor) -> Tensor:
+            raise contenders.NotCompiled("no C++ compiler")
+
+        return chain
+
+    monkeypatch.setitem(speed.CHAINS, speed.COMPILED, gives_up)
+    assert speed.run_compiled(replace(speed._mlp(16, 2), repeats=2), CPU) == ({"gave_up": "no C++ compiler"}, [])

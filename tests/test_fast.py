@@ -1,7 +1,10 @@
 """Accelerated gradients: the energies, gradients and chains of autograd, and autograd for all that is not known."""
 
 import functools
+import gc
 import math
+import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ebm_lit import EnergyCNN, EnergyMLP, Langevin, TrainConfig, energy_and_grad, fast, uniform_init
-from ebm_lit.fast import Accelerated, Convolutions, Matrices, Pixels, accelerate, choose_engine
+from ebm_lit.fast import Accelerated, Convolutions, Learner, Matrices, Pixels, accelerate, choose_engine, choose_learner
 from ebm_lit.langevin import NonFiniteError
-from ebm_lit.training import draw_negatives, init_state
+from ebm_lit.training import draw_negatives, init_state, train_step
 
 Factory = Callable[..., torch.Generator]
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 17, 40), (1, 9, 8), (1, 8, 33), (4, 13, 13)]
@@ -54,7 +57,10 @@ def test_blocks_of_any_number_of_images(n: int, device: torch.device):
 @pytest.mark.parametrize("n", [1, 511, 513, 1300])
 @pytest.mark.parametrize("confine", [None, 2.0])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_engine_of_points(n: int, confine: float | None, depth: int, device: torch.device):
+def test_engine_of_points(
+    n: int, confine: float | None, depth: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Matrices, "block", 512)
     agree(Matrices, EnergyMLP(3, 8, depth, confine).double(), n, torch.float64, device)
 
 
@@ -147,8 +153,9 @@ def test_an_energy_may_bring_its_own_gradient():
     assert torch.equal(Langevin(0.1, 1, temperature=0.0).sample(Spring(), x), x - 0.1 * 3 * x)
 
 
-def test_parts_of_several_cores_are_the_same_examples():
+def test_parts_of_several_cores_are_the_same_examples(monkeypatch: pytest.MonkeyPatch):
     """Two parts side by side, and one part when a block would be shorter: no example lands in another's place."""
+    monkeypatch.setattr(Matrices, "block", 512)
     net = EnergyMLP(3, 8, 2).double()
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -217,6 +224,58 @@ def test_noise_drawn_in_blocks_is_the_noise_drawn_step_by_step(shape: tuple[int,
     assert torch.equal(moved, x)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("n", [7, 16, 24, 40])
+@pytest.mark.parametrize("shape", [(2,), (1, 28, 28)], ids=str)
+def test_chains_of_several_blocks(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], n: int, threads: int):
+    """Blocks of seven a core walk many steps each, the last may be shorter, and ages anneal every chain differently."""
+    monkeypatch.setattr(Matrices, "block", 7)
+    monkeypatch.setattr(Pixels, "block", 7)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        net, x = network_of(shape), uniform_init(n, shape, generator=generator()).double()
+        ages = torch.arange(n) % 13
+        sampler = Langevin(0.02, 19, noise_scale=0.05, bounds=(-1, 1), noise_start=0.2, anneal_steps=12)
+        off = Langevin(**{**vars(sampler), "accelerate": "off"})
+        plain = off.run(net, x, generator=generator(1), ages=ages, trajectory=20, diagnostics=True)
+        quick = sampler.run(net, x, generator=generator(1), ages=ages)
+        watched = sampler.run(net, x, generator=generator(1), ages=ages, trajectory=20, diagnostics=True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(quick.x, watched.x) and quick.engine in ("pixel rows", "matrices")
+    torch.testing.assert_close(watched.trajectory, plain.trajectory, rtol=0, atol=1e-12)
+    for a, b in zip(watched.diagnostics, plain.diagnostics, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_bad_number_in_any_block_is_reported_with_its_step(monkeypatch: pytest.MonkeyPatch):
+    """One chain of the third block explodes, doubling sixfold with each step, until its square overflows."""
+    monkeypatch.setattr(Matrices, "block", 8)
+    x, net = torch.zeros(24, 2), EnergyMLP(2, 8, 2, confine=1.0)
+    x[17, 0] = 1.0
+    errors = {}
+    for mode in ("auto", "off"):
+        with pytest.raises(NonFiniteError) as found:
+            Langevin(8.0, 60, temperature=0.0, accelerate=mode).run(net, x * 1e9)
+        errors[mode] = str(found.value)
+    assert errors["auto"] == errors["off"] and re.match("the energy .* at step [1-9]", errors["auto"]), errors
+
+
+def test_a_chain_leaves_nothing_behind():
+    """Buffers go when the chain is done, not when Python's collector next looks for cycles."""
+    net, x = EnergyMLP(), torch.zeros(16, 2)
+    walk_on, _ = accelerate(net, x)
+    gone = weakref.ref(walk_on.engine)
+    gc.disable()
+    try:
+        Langevin(0.1, 3).run(walk_on, x, generator=generator(), trajectory=2, diagnostics=True)
+        del walk_on
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_weights_are_those_of_the_moment():
     net, x = EnergyMLP(), torch.randn(16, 2, generator=generator())
     walk_on, _ = accelerate(net, x)
@@ -256,6 +315,102 @@ def test_training_keeps_one_accelerated_network_and_follows_its_weights():
             for p in state.energy.parameters():
                 p.data *= 1.5
     assert isinstance(kept, Accelerated) and states[0].walk_on is kept and states[1].walk_on is states[1].energy
+
+
+# Gradients of the weights
+
+
+def learned(net: EnergyCNN, seeds: tuple[int, ...] = (0, 1)) -> None:
+    """Energies and gradients of the weights are autograd's, twice in a row, for a loss that is not a sum."""
+    learner = Learner(net, torch.empty(6, *net.shape, dtype=torch.float64))
+    for seed in seeds:
+        x = torch.randn(6, *net.shape, generator=generator(seed), dtype=torch.float64)
+        losses = {}
+        for name in ("autograd", "by hand"):
+            net.zero_grad()
+            e = net(x) if name == "autograd" else learner.energies(x)
+            (e[:3].mean() - e[3:].mean() + e.square().mean() + e[0] * e[1]).backward()
+            if name == "by hand":
+                learner.backward(e.grad)
+            losses[name] = e.detach(), [p.grad.clone() for p in net.parameters()]
+        (e, plain), (e_fast, quick) = losses.values()
+        torch.testing.assert_close(e_fast, e, rtol=1e-11, atol=1e-11)  # some hundred roundings of 2⁻⁵³
+        for a, b in zip(quick, plain, strict=True):
+            assert a.shape == b.shape and (a - b).abs().max() <= 1e-11 * b.abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_the_weights_are_autograds(shape: tuple[int, ...]):
+    learned(network_of(shape))
+
+
+def test_a_wrong_gradient_of_the_weights_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    """With a row of a kernel that learns nothing, and with slopes that are left out."""
+    init = fast._Strided.__init__
+
+    def short(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self.learn_products.pop()
+
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        patched.setattr(fast._Strided, "__init__", short)
+        learned(network_of((1, 28, 28)))
+    backward = Pixels.backward
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        patched.setattr(Pixels, "backward", lambda self, slopes=None: backward(self))
+        learned(network_of((1, 28, 28)))
+
+
+def test_a_learner_is_for_networks_as_they_were_built(device: torch.device):
+    net, x = EnergyCNN().to(device), torch.zeros(4, 1, 28, 28, device=device)
+    assert isinstance(choose_learner(net, x, "auto"), Learner) == (device.type == "cpu")
+    assert choose_learner(net, x, "off") is None and choose_learner(net, x, "compile") is None
+    assert choose_learner(EnergyMLP().to(device), torch.zeros(4, 2, device=device), "auto") is None
+    assert all(
+        choose_learner(changed(c), torch.zeros(4, 1, 28, 28), "auto") is None for c in CHANGES if c != "a function"
+    )
+
+
+def test_hooks_of_parameters_and_late_changes_go_to_autograd():
+    net, x = EnergyCNN(), torch.zeros(4, 1, 28, 28)
+    learner = choose_learner(net, x, "auto")
+    assert (
+        choose_learner(net, x, "auto", learner) is learner
+        and choose_learner(net, x[:2], "auto", learner) is not learner
+    )
+    for attach in (
+        lambda: net.net[2].weight.register_hook(lambda g: 0 * g),
+        lambda: net.net[0].bias.register_post_accumulate_grad_hook(lambda _: None),
+        lambda: net.net[4].register_forward_hook(lambda *_: None),
+    ):
+        handle = attach()
+        assert choose_learner(net, x, "auto", learner) is None
+        handle.remove()
+        assert choose_learner(net, x, "auto", learner) is learner
+    net.requires_grad_(False)
+    assert choose_learner(net, x, "auto", learner) is None
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_training_by_hand_and_by_autograd_is_the_same_run(minibatches: int, last: bool):
+    """Five iterations at 28×28, from the same seed: weights, averages, moments and history agree to rounding."""
+    x = torch.rand(40, 1, 28, 28, generator=generator()) * 2 - 1
+    states = []
+    for mode in ("auto", "off"):
+        config = TrainConfig(5, 16, minibatches, accelerate=mode, width=4, hidden=8, n_steps=2, buffer_size=16)
+        net = EnergyCNN((1, 28, 28), 4, 8, generator())
+        state = init_state(config, x, net.to(memory_format=torch.channels_last) if last else net)
+        state.energy.net[0].bias.requires_grad_(False)  # what is frozen stays as it is
+        for _ in range(5):
+            train_step(state, x)
+        states.append(state)
+    ours, plain = states
+    assert isinstance(ours.learner, Learner) and plain.learner is None
+    assert torch.equal(ours.energy.net[0].bias, plain.energy.net[0].bias)
+    torch.testing.assert_close(ours.history[:5], plain.history[:5], rtol=1e-3, atol=1e-5)
+    for a, b in zip(ours.ema.parameters(), plain.ema.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)  # Adam's first steps turn rounding into a part of a step
 
 
 # The compiler, and other arithmetic
@@ -325,14 +480,22 @@ def test_mistakes_are_one_line():
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("anneal_steps", [0, 30])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 8, 8), (2,)], ids=str)
-def test_chains_in_cuda_graphs(shape: tuple[int, ...], make_generator: Factory):
+def test_chains_in_cuda_graphs(shape: tuple[int, ...], anneal_steps: int, make_generator: Factory):
     net = network_of(shape, torch.float32).cuda()
     x = torch.rand(64, *shape, device="cuda") * 2 - 1
-    sampler = Langevin(0.02, 47, noise_scale=0.05, bounds=(-1, 1))
+    hot = {"noise_start": 0.2, "anneal_steps": anneal_steps} if anneal_steps else {}
+    sampler = Langevin(0.02, 47, noise_scale=0.05, bounds=(-1, 1), **hot)
     off = Langevin(**{**vars(sampler), "accelerate": "off"})
     ours, plain = (s.run(net, x, generator=make_generator(1, "cuda")) for s in (sampler, off))
     assert "CUDA graphs of 20 steps" in ours.engine
     torch.testing.assert_close(ours.x, plain.x, rtol=0, atol=1e-4)
     again = sampler.run(net, x, generator=make_generator(1, "cuda"))
     assert torch.equal(ours.x, again.x)
+    watched = sampler.run(net, x, generator=make_generator(1, "cuda"), trajectory=5, diagnostics=True)
+    torch.testing.assert_close(ours.x, watched.x, rtol=0, atol=1e-5)  # the same noise; perhaps other kernels
+    half = Langevin(**{**vars(sampler), "gradient_dtype": torch.bfloat16}).run(
+        net, x, generator=make_generator(1, "cuda")
+    )
+    assert "CUDA graphs of 20 steps" in half.engine
