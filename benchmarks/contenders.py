@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor, nn
 
 from ebm_lit import EnergyCNN, EnergyMLP, Langevin, TrainConfig, uniform_init
@@ -71,6 +72,7 @@ def chain_compiled(net: nn.Module, case: ChainCase, device: torch.device) -> Cha
         case.step_size, case.n_steps, noise_scale=case.noise_scale, bounds=case.bounds, accelerate="compile"
     )
     torch._dynamo.reset()  # so that no case finds the limit of compilations used up by another
+    inductor.force_disable_caches = True  # the first call compiles, whatever an earlier run has left on the disk
     g, walk_on = torch.Generator(device).manual_seed(1), accelerate(net, case.starts(0, device), "compile")[0]
 
     def chain(x0: Tensor) -> Tensor:

@@ -293,6 +293,7 @@ class Pixels:
         self.head.load([(weight, first.bias), *((m.weight, m.bias) for m in others)])
 
     def forward(self) -> Tensor:
+        """Energies (n,) of `x`."""
         tower: list[_Stem | _Strided] = [self.stem, *self.layers]
         for layer, out in zip(tower, [*(above.x_in for above in self.layers), self.top], strict=True):
             layer.forward(out)

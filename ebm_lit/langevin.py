@@ -414,7 +414,7 @@ def _steps_at_once(x: Tensor, n_steps: int) -> int:
 
 # %% ../nbs/02_langevin.ipynb #85e05d30
 def _record(track: _Track) -> str:
-    """Record the m steps as one CUDA graph in `track.replay`; says what became of it. The chains stay where they are."""
+    """Record the m steps as one CUDA graph in `track.replay`; says what became of it. No chain moves."""
     start = track.state.clone()
     assert track.blocks is None or len(track.blocks.blocks) == 1, "a graph of several blocks would mix them up"
     try:

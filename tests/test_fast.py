@@ -250,10 +250,10 @@ def test_chains_of_several_blocks(monkeypatch: pytest.MonkeyPatch, shape: tuple[
 
 
 def test_a_bad_number_in_any_block_is_reported_with_its_step(monkeypatch: pytest.MonkeyPatch):
-    """One chain of the third block explodes, doubling sixfold with each step, until its square overflows."""
+    """One chain of the second of three blocks explodes, doubling sixfold with each step, until its square overflows."""
     monkeypatch.setattr(Matrices, "block", 8)
     x, net = torch.zeros(24, 2), EnergyMLP(2, 8, 2, confine=1.0)
-    x[17, 0] = 1.0
+    x[9, 0] = 1.0
     errors = {}
     for mode in ("auto", "off"):
         with pytest.raises(NonFiniteError) as found:
