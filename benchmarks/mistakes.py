@@ -214,7 +214,7 @@ MISTAKES = (
         "all chains of a batch get the noise of the first",
         "langevin",
         "self.sampler.sigma_at(self.ages + steps)",
-        "self.sampler.sigma_at(self.ages[:1].expand_as(self.ages) + steps)",
+        "self.sampler.sigma_at((self.ages if isinstance(self.ages, int) else self.ages[:1]) + steps)",
         (LANGEVIN,),
     ),
     Mistake(
@@ -746,10 +746,8 @@ MISTAKES = (
     Mistake(
         "fast gradient: a row of the kernel missing on the way up",
         "fast",
-        "(self.z[i], self.rows[ky].expand(wo, -1, -1), _runs(x[2 * i + ky - 1], 3, 2, wo))\n"
-        "            for i in range(ho)\n            for ky in range(3)\n",
-        "(self.z[i], self.rows[ky].expand(wo, -1, -1), _runs(x[2 * i + ky - 1], 3, 2, wo))\n"
-        "            for i in range(ho)\n            for ky in range(2)\n",
+        "            for ky in range(3)\n",
+        "            for ky in range(2)\n",
         (FAST,),
     ),
     Mistake(

@@ -206,20 +206,16 @@ class _Strided:
         self.rows = like.new_empty(3, d, 3 * c)  # forward: a row of the kernel
         self.g_rows = like.new_empty(3, wo, d, 3 * c)  # their gradient, by column of z
         self.middle, self.sides = like.new_empty(3, c, d), like.new_empty(3, c, 2 * d)  # backward: columns 1; 2 and 0
-        self.products = [
-            (self.z[i], self.rows[ky].expand(wo, -1, -1), _runs(x[2 * i + ky - 1], 3, 2, wo))
+        windows = [
+            (i, ky, _runs(x[2 * i + ky - 1], 3, 2, wo))
             for i in range(ho)
             for ky in range(3)
             if 0 <= 2 * i + ky - 1 < h
         ]
         g = like.new_zeros(ho, wo + 1, d, n)
         self.g_out = g[:, :wo]
-        self.learn_products = [
-            (self.g_rows[ky], self.g_out[i], _runs(x[2 * i + ky - 1], 3, 2, wo).transpose(1, 2))
-            for i in range(ho)
-            for ky in range(3)
-            if 0 <= 2 * i + ky - 1 < h
-        ]
+        self.products = [(self.z[i], self.rows[ky].expand(wo, -1, -1), run) for i, ky, run in windows]
+        self.learn_products = [(self.g_rows[ky], self.g_out[i], run.transpose(1, 2)) for i, ky, run in windows]
         self.even, self.odd = like.new_empty(h, wo, c, n), like.new_empty(h, w // 2, c, n)
         self.back_products = []
         for y in range(h):
@@ -342,8 +338,8 @@ class Learner:
         tower: list[_Stem | _Strided] = [engine.stem, *engine.layers]
         grads = [g for layer in tower for g in layer.learn()]
         hidden = torch.mm(head.zs[0][0], head.inputs[0][0].t())
-        channels_last = hidden[:, 1:].unflatten(1, (*engine.top.shape[:2], -1))
-        grads += [channels_last.permute(0, 3, 1, 2).flatten(1), hidden[:, 0]]
+        by_pixel = hidden[:, 1:].unflatten(1, (*engine.top.shape[:2], -1))  # (hidden, H, W, C)
+        grads += [by_pixel.permute(0, 3, 1, 2).flatten(1), hidden[:, 0]]
         energy = torch.mm(slopes[None], head.inputs[1][0].t())
         grads += [energy[:, 1:], energy[:, 0]]
         for p, grad in zip(self.network.parameters(), grads, strict=True):

@@ -333,9 +333,7 @@ class _Track:
         self.sums = x.new_zeros(n_blocks, self.m, 2, dtype=torch.promote_types(x.dtype, torch.float32))
         self.places = [[row.unbind() for row in of_block] for of_block in self.sums]
         self.drawn = x.new_zeros(self.m, *x.shape)  # noise; of unit variance where it goes into an engine
-        self.ages = self.sigmas = None
-        if sampler.anneal_steps:
-            self.ages, self.sigmas = torch.as_tensor(ages, device=x.device), x.new_zeros(self.m, len(x))
+        self.ages, self.sigmas = ages, x.new_zeros(self.m, len(x)) if sampler.anneal_steps else None
         self.done = 0  # steps whose noise was drawn; all are made before the next are drawn
         self.replay: Callable[[], None] | None = None  # m steps as one CUDA graph
 
@@ -355,8 +353,8 @@ class _Track:
     def draw(self) -> int:
         """The noise of the next m steps, or of those that are left; returns how many."""
         count = min(self.m, self.n_steps - self.done)
-        if self.ages is not None and self.sigmas is not None:
-            steps = torch.arange(self.done, self.done + count, device=self.ages.device)[:, None]
+        if self.sigmas is not None:
+            steps = torch.arange(self.done, self.done + count, device=self.sigmas.device)[:, None]
             self.sigmas[:count] = self.sampler.sigma_at(self.ages + steps)
         if self.plain:
             out = self.drawn[:count]
