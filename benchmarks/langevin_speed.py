@@ -88,7 +88,7 @@ _K60 = TrainConfig(
     learning_rate=1e-4,
 )  # α = 0.01, data noise, β₁ = 0, clip, EMA: the defaults
 # What the others can do of our recipe for MNIST: chains that do not begin hot, a fixed share of restarts (the recipe's
-# own restart by age; a life of s·ln(1 + A/s) = 263 steps, ten a visit, is a share of 0.04), one update for each walk.
+# own restart by age; a life of s·ln(1 + A/s) = 277 steps, ten a visit, is a share of 0.04), one update for each walk.
 _MNIST = replace(RECIPES["mnist"], noise_start=None, anneal_steps=0, minibatches=1, reinit_age=None, reinit_prob=0.04)
 
 CHAIN_CASES = {
