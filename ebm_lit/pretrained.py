@@ -19,7 +19,7 @@ from .training import TrainConfig, TrainState, init_state
 RECIPES: dict[str, TrainConfig] = {
     "digits": TrainConfig(),
     "mnist": TrainConfig(
-        n_iterations=3800,
+        n_iterations=3200,
         batch_size=128,
         minibatches=2,
         width=16,
@@ -32,7 +32,7 @@ RECIPES: dict[str, TrainConfig] = {
         buffer_size=384,
         reinit_age=50.0,
         sample_steps=400,
-        learning_rate=0.002,
+        learning_rate=0.003,
         max_energy_gap=20.0,
         on_divergence="rollback",
     ),
