@@ -221,7 +221,7 @@ def one_seed(
     except DivergenceError as error:
         return {"seed": config.seed, "diverged": str(error)}, None
     row: dict[str, Any] = {"seed": config.seed, "train_seconds": round(time.perf_counter() - began, 1)}
-    row["rollbacks"] = len(state.rollbacks)
+    row |= {"threads": torch.get_num_threads(), "rollbacks": len(state.rollbacks)}
     if n:
         row["lengths"], row["picture"] = lengths(state, real, n, n_long, factor, config.seed)
     return row, state

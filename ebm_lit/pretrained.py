@@ -19,7 +19,7 @@ from .training import TrainConfig, TrainState, init_state
 RECIPES: dict[str, TrainConfig] = {
     "digits": TrainConfig(),
     "mnist": TrainConfig(
-        n_iterations=3200,
+        n_iterations=3800,
         batch_size=128,
         minibatches=2,
         width=16,
