@@ -54,7 +54,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "chains younger than 20 steps do not count": {"youngest": 20},
     "one update for each walk, half as many": {"minibatches": 1},
     "four updates for each walk": {"batch_size": 256, "minibatches": 4, "n_iterations": 750},
-    "learning rate 0.002": {"learning_rate": 0.002},
+    "learning rate 0.003": {"learning_rate": 0.003},
     "learning rate 0.01": {"learning_rate": 0.01},
     "constant learning rate": {"schedule": "constant"},
     "5 steps instead of 10": {"n_steps": 5},

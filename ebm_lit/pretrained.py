@@ -32,7 +32,7 @@ RECIPES: dict[str, TrainConfig] = {
         buffer_size=384,
         reinit_age=50.0,
         sample_steps=400,
-        learning_rate=0.003,
+        learning_rate=0.002,
         max_energy_gap=20.0,
         on_divergence="rollback",
     ),
