@@ -4,13 +4,13 @@
     python benchmarks/mnist_quality.py --seeds 5 --store     and write benchmarks/results/mnist_quality.json
     python benchmarks/mnist_quality.py --train-only --first 5 --seeds 5 --store    more seeds: does any diverge?
     python benchmarks/mnist_quality.py --ablations --store   what happens without each choice (mnist_ablations.json)
-    python benchmarks/mnist_quality.py --ship                seed 0 into the package, with its card
+    python benchmarks/mnist_quality.py --ship                the first seed (0) into the package, with a new card
     python benchmarks/mnist_quality.py --large               10,000 samples of the shipped model, onto its card
 
 Samples are 2,000 chains of the averaged network from uniform noise at the nominal length; 500 of them go on, to ten
-times that length. They are compared with equally many real images that neither the model nor the judge has seen: the
-10,000 test images and the last 10,000 training images, which the recipe leaves out. The floor is the same distance
-between real images.
+times that length (ablations: 500, of which 300 go on to five times it). They are compared with equally many real
+images that neither the model nor the judge has seen: the 10,000 test images and the last 10,000 training images,
+which the recipe leaves out. The floor is the same distance between real images.
 """
 
 import argparse

@@ -202,7 +202,7 @@ def test_stored_seeds_at_most_double_their_distance_over_ten_times_the_length() 
 
 @pytest.mark.slow
 def test_training_again_gives_what_the_card_says() -> None:
-    """The recipe from seed 0 on this machine: a different processor gives other bits, but no other quality."""
+    """The recipe from seed 0 on this machine: another processor gives other bits, as another seed would."""
     mnist_or_skip("train")
     sys.path.insert(0, str(BENCHMARKS))
     from mnist_quality import RECIPE, data, one_seed
