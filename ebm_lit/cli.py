@@ -60,6 +60,7 @@ from ebm_lit.training import (
     DivergenceError,
     TrainConfig,
     TrainState,
+    finish,
     generate,
     hash_data,
     init_state,
@@ -483,7 +484,10 @@ def open_run(
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: samples, beside CHECKPOINT]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 def sample_command(checkpoint: Path, n: int, steps: int | None, seed: int, out: Path | None, device: str) -> None:
-    """Draw samples from uniform noise: a grid and a filmstrip as PNG, the tensors as safetensors."""
+    """Draw samples from uniform noise: a grid and a filmstrip as PNG, the tensors as safetensors.
+
+    A model trained with `denoise` gives samples without the noise of its data; the filmstrip shows its chains, with it.
+    """
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, {out} is a file")
     state = open_run(checkpoint, device)
@@ -954,8 +958,9 @@ def evaluate_run(
     n = min(n, len(data.x_real) // 2)
     if n < 10:
         raise ValueError(f"--data {data.name} has {len(data.x_real)} examples: at least 20 are needed for a floor")
-    first = generate(state, n, n_steps, there).x
-    later = state.config.sampler.sample(state.ema.module, first, 4 * n_steps, there, ages=n_steps)
+    chain = generate(state, n, n_steps, there, finished=False).x
+    later = state.config.sampler.sample(state.ema.module, chain, 4 * n_steps, there, ages=n_steps)
+    first, later = finish(state, chain), finish(state, later)
     samples = {f"{n_steps} steps": first, f"{5 * n_steps} steps": later}
     noise = uniform_init(n, state.shape, state.config.init_range, there, state.history.device)
     real = data.x_real[:1000].to(state.history.device)

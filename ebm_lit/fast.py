@@ -56,6 +56,8 @@ def as_matrices(network: EnergyCNN | EnergyMLP) -> list[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def tap_places(network: EnergyCNN | EnergyMLP) -> list[Tensor]:
     """Where the weights of a convolution stand in its matrix (out, in): 1 for the first weight, 0 for none."""
+    if not _of(network, nn.Conv2d):
+        return []
     numbered = copy.deepcopy(network).cpu().double()
     for conv in _of(numbered, nn.Conv2d):
         conv.weight.copy_(torch.arange(1, conv.weight.numel() + 1).view_as(conv.weight))
@@ -87,9 +89,16 @@ class _Dense:
         for w, back, (weight, bias) in zip(self.weights, self.backs, layers, strict=True):
             w[0, :, 0], w[0, :, 1:], back[0] = bias, weight, weight.t()
 
+    def rise(self) -> None:
+        """Every z: all that the way back needs."""
+        for i, (w, x, z) in enumerate(zip(self.weights[:-1], self.inputs[:-1], self.zs, strict=True)):
+            if i:
+                _swish(self.zs[i - 1], out=self.hs[i - 1])
+            torch.bmm(w, x, out=z)
+
     def forward(self) -> Tensor:
-        for w, x, z, h in zip(self.weights[:-1], self.inputs[:-1], self.zs, self.hs, strict=True):
-            _swish(torch.bmm(w, x, out=z), out=h)
+        self.rise()
+        _swish(self.zs[-1], out=self.hs[-1])
         return torch.bmm(self.weights[-1], self.inputs[-1], out=self.e)
 
     def backward(self, out: Tensor, slopes: Tensor | None = None) -> None:
@@ -115,6 +124,7 @@ class Matrices:
         parts = cores if n % cores == 0 else 1
         self.dense = _Dense([layers[0][0].shape[1], *(len(w) for w, _ in layers)], n // parts, like, parts)
         self.columns, self.g_columns = self.dense.x, like.new_empty(self.dense.x.shape)
+        self.lean = False  # may a step do without the energies?
         if self.confine is not None:  # ‖x‖²/(2s²) as one more product
             self.half = like.new_full((parts, 1, self.columns.shape[1]), 0.5 / self.confine**2)
             self.squares = torch.empty_like(self.g_columns)
@@ -131,14 +141,33 @@ class Matrices:
                 taps = torch.cat([m.weight.new_zeros(1), m.weight.flatten()])
                 layers.append((taps[places], m.bias.repeat_interleave(len(places) // len(m.bias))))
         self.dense.load(layers)
+        if self.confine is not None:  # as long as ‖x‖² is a number, |E| − ‖x‖²/(2s²) is at most r: |Swish(z)| <= |z|
+            largest = torch.finfo(self.columns.dtype).max
+            r = layers[0][0].new_tensor(math.sqrt(self.columns.shape[1]) * math.sqrt(largest))
+            for weight, bias in layers:
+                r = weight.norm() * r + bias.norm()
+            self.lean = bool(r < largest / 2)  # not where a weight is no number
 
     def __call__(self) -> Tensor:
         e = self.dense.forward()
-        self.dense.backward(self.g_columns)
         if self.confine is not None:
             e.baddbmm_(self.half, torch.mul(self.columns, self.columns, out=self.squares))
-            self.g_columns.add_(self.columns, alpha=1 / self.confine**2)
+        self._fall()
         return e.flatten()
+
+    def gradient(self) -> Tensor:
+        """As the call, but of the energies only ‖x‖²/(2s²), where the rest cannot overflow before it."""
+        if not self.lean:
+            return self()
+        self.dense.rise()
+        self._fall()
+        squares = torch.mul(self.columns, self.columns, out=self.squares)
+        return torch.bmm(self.half, squares, out=self.dense.e).flatten()
+
+    def _fall(self) -> None:
+        self.dense.backward(self.g_columns)
+        if self.confine is not None:
+            self.g_columns.add_(self.columns, alpha=1 / self.confine**2)
 
 # %% ../nbs/toolkit/fast.ipynb #bbb3a490
 class _Stem:
@@ -309,6 +338,10 @@ class Pixels:
         self.stem.backward()
         return e
 
+    def gradient(self) -> Tensor:
+        """As the call: the energies of images are next to nothing beside the gradient."""
+        return self()
+
 # %% ../nbs/toolkit/fast.ipynb #02e1723d
 class Learner:
     """Energies of one batch of images by `Pixels` and, of any loss of them, the gradients of the weights."""
@@ -387,9 +420,13 @@ class Convolutions:
         self.grad = g[None]
         return e
 
+    def gradient(self) -> Tensor:
+        """As the call."""
+        return self()
+
 # %% ../nbs/toolkit/fast.ipynb #3708c5db
 class Engine(Protocol):
-    """What computes: fill `x`, call, read the energies returned and `grad`."""
+    """What computes: fill `x`, call, read the energies returned and `grad`; a step that nobody watches wants less."""
 
     name: ClassVar[str]
     block: ClassVar[int]  # examples a core that are worth computing at once
@@ -404,6 +441,9 @@ class Engine(Protocol):
 
     def __call__(self) -> Tensor:
         """Energies (n,) of `x`; leaves ∇ₓE in `grad`."""
+
+    def gradient(self) -> Tensor:
+        """∇ₓE in `grad`, the same bits; returns the energies or (n,) numbers that overflow no later than they do."""
 
 # %% ../nbs/toolkit/fast.ipynb #5d1d7fa4
 _LAYERS = {nn.Conv2d: "C", nn.SiLU: "S", nn.Flatten: "F", nn.Linear: "L"}

@@ -299,8 +299,9 @@ class _Blocks:
             own = own.unflatten(1, (self.parts, -1)) if isinstance(own, Tensor) else own
             torch.mul(drawn[:, block].unflatten(1, (self.parts, -1)), own, out=noise)
             x, spare = engine.x[at], self.spare[at]
-            for omega, places in zip(noise.unbind(), track.places[k][first:last], strict=True):
-                e, grad = engine()[: block.stop - block.start], engine.grad[at]
+            for i, (omega, places) in enumerate(zip(noise.unbind(), track.places[k][first:last], strict=True)):
+                watched = track.seen is not None or first + i == 0  # no step needs the energies; the alarm wants some
+                e, grad = (engine if watched else engine.gradient)()[: block.stop - block.start], engine.grad[at]
                 _tally(places, e, grad)
                 if track.seen is not None:
                     track.seen[0][block], track.seen[1][block] = e, grad.flatten(0, 1)
@@ -420,7 +421,7 @@ def _record(track: _Track) -> str:
         here, side = torch.cuda.current_stream(start.device), torch.cuda.Stream(start.device)
         side.wait_stream(here)
         with torch.cuda.stream(side):
-            track.walk(0, 1)  # libraries choose their kernels before the recording
+            track.walk(0, min(2, track.m))  # libraries choose their kernels before the recording
         here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):

@@ -29,6 +29,7 @@ RECIPES: dict[str, TrainConfig] = {
         noise_start=0.3,
         anneal_steps=300,
         data_noise=0.06,
+        denoise=True,
         buffer_size=384,
         reinit_age=50.0,
         sample_steps=400,

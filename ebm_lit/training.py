@@ -6,9 +6,9 @@
 __all__ = ['Start', 'OnDivergence', 'METRICS', 'Callback', 'FORMAT', 'TrainConfig', 'learning_rate', 'Snapshot', 'Rollback',
            'TrainState', 'check_data', 'hash_data', 'resolve_device', 'build_energy', 'init_state', 'draw_data',
            'Negatives', 'draw_negatives', 'match_noise', 'update', 'train_step', 'DivergenceError', 'check_health',
-           'train', 'generate', 'CheckpointError', 'write_atomically', 'save_checkpoint', 'lock_checkpoint',
-           'remove_leftovers', 'open_regular', 'plain_json', 'read_checkpoint', 'load_checkpoint', 'snapshot',
-           'roll_back']
+           'train', 'denoise', 'finish', 'generate', 'CheckpointError', 'write_atomically', 'save_checkpoint',
+           'lock_checkpoint', 'remove_leftovers', 'open_regular', 'plain_json', 'read_checkpoint', 'load_checkpoint',
+           'snapshot', 'roll_back']
 
 # %% ../nbs/04_training.ipynb #f2963e0f
 import dataclasses
@@ -46,7 +46,7 @@ from ebm_lit.contrastive_divergence import (
     reinit_by_age,
     walk_buffer,
 )
-from .energy import Energy, EnergyCNN, EnergyMLP, evaluate_energy
+from .energy import Energy, EnergyCNN, EnergyMLP, energy_and_grad, evaluate_energy
 from .fast import Learner, Mode, accelerate, choose_learner
 from .langevin import Chain, Langevin, NonFiniteError, uniform_init
 
@@ -122,6 +122,7 @@ class TrainConfig:
     # the objective and the optimiser
     alpha: float = 0.01  # weight of the regulariser α(E₊² + E₋²)
     data_noise: float = 0.03  # standard deviation of the noise added to data
+    denoise: bool = False  # take the data's noise out of finished samples
     learning_rate: float = 3e-3  # of Adam, after the warm-up
     warmup: int = 50  # iterations of linear warm-up; half a cosine down to zero follows
     beta1: float = 0.0  # Adam's momentum
@@ -143,6 +144,9 @@ class TrainConfig:
         _require(self.on_divergence in known, "on_divergence", f"one of {known}", self.on_divergence)
         for name, value in _checked(self).items():
             object.__setattr__(self, name, value)  # plain int, float and tuple, whatever they were before
+        _require(isinstance(self.denoise, bool), "denoise", "true or false", self.denoise)
+        warm = self.noise_scale**2 > 0  # or there is no temperature to divide by
+        _require(not self.denoise or warm, "noise_scale", "> 0 with denoise", self.noise_scale)
         _require(self.buffer_size >= self.batch_size, "buffer_size", "at least batch_size", self.buffer_size)
         whole = self.batch_size % self.minibatches == 0
         _require(whole, "minibatches", f"a divisor of batch_size = {self.batch_size}", self.minibatches)
@@ -574,6 +578,40 @@ def _check_continuation(
     if x_data.device.type != state.history.device.type:
         raise ValueError(f"x_data is on {x_data.device}, the run on {state.history.device}; they must be on one device")
 
+# %% ../nbs/04_training.ipynb #d3a01571
+@torch.no_grad()
+def denoise(
+    energy: Energy,
+    x: Tensor,  # (B, *shape), data with noise, or chains of an energy that was trained on such
+    noise: float,  # s >= 0, the standard deviation of that Gaussian noise, in units of x
+    temperature: float = 1.0,  # T > 0: exp(−E/T) is the density of the noisy data
+    bounds: tuple[float, float] | None = None,  # box of the clean data
+) -> Tensor:
+    """The mean of the clean data behind a noisy x, x − (s²/T)∇E(x), clamped to `bounds`; (B, *shape).
+
+    Raises `ValueError` for noise, a temperature or bounds out of range and `NonFiniteError` where the result is none.
+    Source: Miyasawa 1961, "An empirical Bayes estimator of the mean of a normal population"; Efron 2011, "Tweedie's
+    formula and selection bias".
+    """
+    s, t = _number("noise", noise, 0, _HUGE), _number("temperature", temperature, 0, _HUGE, open_low=True)
+    box = None if bounds is None else _pair("bounds", bounds)
+    parts = x.split(1000)  # of a million images the gradient would not fit into memory
+    clean = torch.cat([part - s**2 / t * energy_and_grad(energy, part)[1] for part in parts])
+    if not torch.isfinite(clean).all():
+        raise NonFiniteError("x or the gradient there is NaN or infinite: nothing can be denoised")
+    return clean if box is None else clean.clamp_(*box)
+
+
+def finish(
+    state: TrainState,
+    x: Tensor,  # (B, *shape), chains of this run as they ended
+) -> Tensor:
+    """Chains as samples: without the data's noise if the settings say `denoise`, otherwise as they are; (B, *shape)."""
+    cfg = state.config
+    if not cfg.denoise:
+        return x
+    return denoise(state.ema.module, x, cfg.data_noise, cfg.sampler.implied_temperature, cfg.bounds)
+
 # %% ../nbs/04_training.ipynb #08328960
 def generate(
     state: TrainState,
@@ -582,13 +620,18 @@ def generate(
     generator: torch.Generator | None = None,  # on the run's device
     trajectory: int = 0,  # keep about this many states of every chain
     diagnostics: bool = False,
+    finished: bool = True,  # False: `.x` are the chains as they ended, which can walk on
 ) -> Chain:
-    """Chains of the averaged network that start from uniform noise; `.x` holds the samples (n, *shape)."""
+    """Chains of the averaged network that start from uniform noise; `.x` holds the samples (n, *shape).
+
+    Where the settings say `denoise`, `.x` is what `denoise` makes of the last states; `.trajectory` holds the chains.
+    """
     cfg = state.config
     _whole("n", n, 1)
     x_init = _fresh(state.shape, cfg, state.history.device)(n, generator)
     steps = cfg.sample_steps if n_steps is None else n_steps
-    return cfg.sampler.run(state.ema.module, x_init, steps, generator, trajectory=trajectory, diagnostics=diagnostics)
+    chain = cfg.sampler.run(state.ema.module, x_init, steps, generator, trajectory=trajectory, diagnostics=diagnostics)
+    return chain._replace(x=finish(state, chain.x)) if finished else chain
 
 # %% ../nbs/04_training.ipynb #6b1f64ad
 FORMAT = "ebm_lit.checkpoint.2"

@@ -10,9 +10,19 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from ebm_lit.cli import EvaluationData, default_data, evaluation_data, feature_maps, judge_copies, judge_samples, main
+from ebm_lit import cli
+from ebm_lit.cli import (
+    EvaluationData,
+    default_data,
+    evaluate_run,
+    evaluation_data,
+    feature_maps,
+    judge_copies,
+    judge_samples,
+    main,
+)
 from ebm_lit.data import digits, toy
-from ebm_lit.training import TrainConfig, init_state, save_checkpoint, train
+from ebm_lit.training import TrainConfig, finish, generate, init_state, save_checkpoint, train
 
 TINY = {"n_iterations": 3, "batch_size": 8, "n_steps": 2, "buffer_size": 32, "width": 8, "sample_steps": 4}
 
@@ -79,6 +89,23 @@ def test_images(run, tmp_path):
     with Image.open(tmp_path / "a" / "evaluation.png") as picture:
         assert min(picture.size) > 500
         assert len(np.unique(np.asarray(picture.convert("L")))) > 30  # something is drawn
+
+
+def test_samples_are_judged_as_they_are_handed_out(tmp_path):
+    """Chains walk on with their noise and are judged without it: at both lengths the samples are `finish` of chains."""
+    x = digits()[0]
+    state = train(x, TrainConfig(**TINY, hidden=16, denoise=True), progress=False)
+    real = EvaluationData("digits", x, None, x[:60], held_out=False)
+    g, again = (torch.Generator().manual_seed(3) for _ in range(2))
+    seen = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cli, "judge_samples", lambda samples, *_: seen.extend(samples.values()) or {})
+        patched.setattr(cli, "evaluation_png", lambda *_: b"")
+        evaluate_run(state, real, 20, 6, torch.Generator().manual_seed(0), g)
+    chain = generate(state, 20, 6, again, finished=False).x
+    later = state.config.sampler.sample(state.ema.module, chain, 24, again, ages=6)
+    assert torch.equal(seen[0], finish(state, chain)) and torch.equal(seen[1], finish(state, later))
+    assert not torch.equal(seen[0], chain)
 
 
 def test_the_seed_decides(run, tmp_path):

@@ -40,6 +40,14 @@ def agree(kind: type[Any], network: Any, n: int, dtype: torch.dtype, device: tor
         e_plain, grad_plain = energy_and_grad(network, x)
         assert torch.allclose(e, e_plain, rtol=rtol, atol=rtol)
         assert (grad - grad_plain).abs().max() <= rtol * grad_plain.abs().max()
+        with torch.no_grad():
+            e_first, first = engine.engine().clone(), engine.engine.grad.clone()
+            engine.engine.grad.zero_()
+            finite = engine.engine.gradient()  # the step without energies: the same bits
+        assert torch.equal(engine.engine.grad, first)
+        confine = getattr(network, "confine", None)
+        left = engine.engine.x.flatten(0, 1).flatten(1).square().sum(1) / (2 * confine**2) if confine else e_first
+        torch.testing.assert_close(finite, left, rtol=rtol, atol=rtol)
 
 
 @pytest.mark.parametrize("kind", [Pixels, Convolutions, Matrices])
@@ -260,6 +268,33 @@ def test_a_bad_number_in_any_block_is_reported_with_its_step(monkeypatch: pytest
             Langevin(8.0, 60, temperature=0.0, accelerate=mode).run(net, x * 1e9)
         errors[mode] = str(found.value)
     assert errors["auto"] == errors["off"] and re.match("the energy .* at step [1-9]", errors["auto"]), errors
+
+
+@pytest.mark.parametrize("confine", [None, 1.0])
+@pytest.mark.parametrize("images", [False, True])
+def test_an_energy_that_overflows_alone_is_reported_with_its_step(confine: float | None, images: bool):
+    """A last layer so steep that the energy overflows while everything else is a number: clipped chains walk on."""
+    g = generator()
+    net = EnergyCNN((1, 8, 8), 6, 10, generator=g) if images else EnergyMLP(2, 8, 2, confine=confine, generator=g)
+    with torch.no_grad():
+        net.net[-1].weight.mul_(2e37 / net.net[-1].weight.abs().max())
+    x = torch.ones(4, *(net.shape if images else (2,)))
+    errors = {}
+    for mode in ("auto", "off"):
+        with pytest.raises(NonFiniteError) as found:
+            Langevin(5.0, 400, temperature=0.0, grad_clip=1.0, accelerate=mode).run(net, -x if images else x)
+        errors[mode] = str(found.value)
+    assert errors["auto"] == errors["off"] and re.match("the energy .* at step [1-9]", errors["auto"]), errors
+
+
+@pytest.mark.parametrize("trajectory", [0, 5])
+def test_an_energy_that_no_step_asks_for_is_looked_at_when_a_chain_begins(trajectory: int):
+    """The last bias reaches no gradient: only the energy can tell that it is no number."""
+    net = EnergyMLP()
+    with torch.no_grad():
+        net.net[-1].bias.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match=r"the energy .* at step 0"):
+        Langevin(0.1, 30).run(net, torch.zeros(16, 2), generator=generator(), trajectory=trajectory)
 
 
 def test_a_chain_leaves_nothing_behind():

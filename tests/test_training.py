@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 
 import numpy as np
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from ebm_lit import training
 from ebm_lit.data import digits
-from ebm_lit.langevin import Langevin, uniform_init
+from ebm_lit.energy import energy_and_grad
+from ebm_lit.langevin import Langevin, NonFiniteError, uniform_init
 from ebm_lit.training import (
     METRICS,
     CheckpointError,
     DivergenceError,
     TrainConfig,
     check_health,
+    denoise,
+    finish,
     generate,
     init_state,
     learning_rate,
@@ -558,12 +562,73 @@ def test_unusable_data(bad, expected):
         ("init_range", [-1]),
         ("init_range", (0.0, float("inf"))),
         ("learning_rate", 1e300),
+        ("denoise", 1),
+        ("denoise", "yes"),
     ],
 )
 def test_unusable_settings_are_named(name, value):
     with pytest.raises(ValueError, match=name) as caught:
         TrainConfig(**{name: value})
     assert "\n" not in str(caught.value)
+
+
+def test_denoised_numbers_are_the_mean_of_what_may_stand_behind_them(device: torch.device):
+    """Two clean values, −1 and 2, with weights 3 : 1 under noise s: their posterior mean is a sum over the two."""
+    s, t = 0.8, 0.3
+    values = torch.tensor([-1.0, 2.0], dtype=torch.float64, device=device)
+    logits = torch.tensor([0.75, 0.25], dtype=torch.float64, device=device).log()
+
+    def parts(x: torch.Tensor) -> torch.Tensor:
+        return logits - (x - values).square() / (2 * s**2)
+
+    x = torch.linspace(-4, 4, 2001, dtype=torch.float64, device=device)[:, None]  # more than one part
+    found = denoise(lambda x: -t * parts(x).logsumexp(1), x, s, t)
+    expected = (parts(x).softmax(1) * values).sum(1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    boxed = denoise(lambda x: -t * parts(x).logsumexp(1), x, s, t, bounds=(-0.5, 0.5))
+    torch.testing.assert_close(boxed, expected.clamp(-0.5, 0.5), rtol=0, atol=1e-12)
+    assert torch.equal(denoise(lambda x: x.sum(1), x, 0.0), x)
+
+
+def test_samples_are_denoised_where_the_settings_say_so_and_chains_walk_on_as_they_were():
+    x = digits("train")[0]
+    noisy = train(x, TINY, progress=False)
+    state = train(x, dataclasses.replace(TINY, denoise=True), progress=False)
+    g = torch.Generator()
+    plain = generate(noisy, 6, generator=g.manual_seed(0)).x
+    chain = generate(state, 6, generator=g.manual_seed(0), finished=False)
+    assert torch.equal(plain, chain.x), "training and chains do not ask"
+    done = generate(state, 6, generator=g.manual_seed(0), trajectory=2)
+    assert torch.equal(done.trajectory[-1], chain.x) and torch.equal(done.x, finish(state, chain.x))
+    grad = energy_and_grad(state.ema.module, chain.x)[1]
+    expected = chain.x - TINY.data_noise**2 / TINY.sampler.implied_temperature * grad
+    torch.testing.assert_close(done.x, expected.clamp(-1, 1))
+    assert not torch.equal(done.x, chain.x) and torch.equal(finish(noisy, plain), plain)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"noise": -1.0}, "noise must be"),
+        ({"noise": math.nan}, "noise must be"),
+        ({"temperature": 0.0}, "temperature must be"),
+        ({"bounds": (1.0, -1.0)}, "bounds must be"),
+    ],
+)
+def test_nobody_denoises_with_nonsense(setting: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        denoise(lambda x: x.sum(1), torch.zeros(2, 3), **({"noise": 0.1} | setting))
+
+
+def test_what_is_no_number_is_not_clamped_into_one():
+    with pytest.raises(NonFiniteError, match="nothing can be denoised"):
+        denoise(lambda x: (math.inf * x).sum(1), torch.ones(2, 3), 0.1, bounds=(-1.0, 1.0))
+
+
+@pytest.mark.parametrize("noise_scale", [0.0, 1e-200])
+def test_denoising_needs_chains_with_a_temperature(noise_scale: float):
+    with pytest.raises(ValueError, match="noise_scale must be > 0 with denoise"):
+        TrainConfig(noise_scale=noise_scale, denoise=True)
 
 
 def test_settings_from_plain_values():
