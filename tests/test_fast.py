@@ -278,7 +278,7 @@ def test_an_energy_that_overflows_alone_is_reported_with_its_step(confine: float
     net = EnergyCNN((1, 8, 8), 6, 10, generator=g) if images else EnergyMLP(2, 8, 2, confine=confine, generator=g)
     with torch.no_grad():
         net.net[-1].weight.mul_(2e37 / net.net[-1].weight.abs().max())
-    x = torch.ones(4, *(net.shape if images else (2,)))
+    x = torch.ones(8, *(net.shape if images else (2,)))  # of 16 numbers the noise is drawn many steps at once
     errors = {}
     for mode in ("auto", "off"):
         with pytest.raises(NonFiniteError) as found:
