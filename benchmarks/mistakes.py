@@ -608,7 +608,7 @@ MISTAKES = (
     Mistake(
         "energies left out although they may overflow first",
         "fast",
-        "self.lean = bool(r < largest / 2)",
+        "self.lean = r < largest / 2",
         "self.lean = True",
         (FAST,),
     ),

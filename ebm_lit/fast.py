@@ -13,6 +13,7 @@ import math
 import re
 from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -141,12 +142,13 @@ class Matrices:
                 taps = torch.cat([m.weight.new_zeros(1), m.weight.flatten()])
                 layers.append((taps[places], m.bias.repeat_interleave(len(places) // len(m.bias))))
         self.dense.load(layers)
-        if self.confine is not None:  # as long as ‖x‖² is a number, |E| − ‖x‖²/(2s²) is at most r: |Swish(z)| <= |z|
+        if self.confine is not None and self.columns.device.type == "cpu":  # elsewhere one would wait for the norms
             largest = torch.finfo(self.columns.dtype).max
-            r = layers[0][0].new_tensor(math.sqrt(self.columns.shape[1]) * math.sqrt(largest))
-            for weight, bias in layers:
-                r = weight.norm() * r + bias.norm()
-            self.lean = bool(r < largest / 2)  # not where a weight is no number
+            r = math.sqrt(self.columns.shape[1]) * math.sqrt(largest)
+            for layer in layers:  # while ‖x‖² is a number, |E| without ‖x‖²/(2s²) is at most r, for |Swish(z)| <= |z|
+                weight, bias = (float(np.linalg.norm(t.detach().double().numpy())) for t in layer)
+                r = weight * r + bias
+            self.lean = r < largest / 2  # not where a weight is no number
 
     def __call__(self) -> Tensor:
         e = self.dense.forward()

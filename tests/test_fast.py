@@ -46,7 +46,8 @@ def agree(kind: type[Any], network: Any, n: int, dtype: torch.dtype, device: tor
             finite = engine.engine.gradient()  # the step without energies: the same bits
         assert torch.equal(engine.engine.grad, first)
         confine = getattr(network, "confine", None)
-        left = engine.engine.x.flatten(0, 1).flatten(1).square().sum(1) / (2 * confine**2) if confine else e_first
+        lean = confine is not None and device.type == "cpu"
+        left = engine.engine.x.flatten(0, 1).flatten(1).square().sum(1) / (2 * confine**2) if lean else e_first
         torch.testing.assert_close(finite, left, rtol=rtol, atol=rtol)
 
 
