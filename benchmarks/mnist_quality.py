@@ -118,16 +118,19 @@ def lengths(
     seconds = time.perf_counter() - began
     few = sampler.sample(network, x[:n_long], (factor - 1) * steps, generator, ages=steps)
     thousand = facts(done[:1000], real)
-    rows = {
+    rows: dict[str, Any] = {
         str(steps): {
             "seconds": round(seconds, 1),
             **facts(done, real),
             "first_1000": {k: thousand[k] for k in ("confident", "smallest_class")},
             "frechet_of_the_few": facts(done[:n_long], real)["frechet"],
-            "not_denoised": facts(x, real) | {"frechet_of_the_few": facts(x[:n_long], real)["frechet"]},
         },
-        str(factor * steps): facts(finish(state, few), real) | {"not_denoised": facts(few, real)},
+        str(factor * steps): facts(finish(state, few), real),
     }
+    if state.config.denoise:
+        before = facts(x, real) | {"frechet_of_the_few": facts(x[:n_long], real)["frechet"]}
+        for row, noisy in zip(rows.values(), (before, facts(few, real)), strict=True):
+            row["not_denoised"] = noisy
     return rows, strip(finish(state, torch.cat([x[:8], few[:8]])).cpu())
 
 

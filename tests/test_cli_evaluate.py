@@ -91,7 +91,7 @@ def test_images(run, tmp_path):
         assert len(np.unique(np.asarray(picture.convert("L")))) > 30  # something is drawn
 
 
-def test_samples_are_judged_as_they_are_handed_out(tmp_path):
+def test_samples_are_judged_as_they_are_handed_out():
     """Chains walk on with their noise and are judged without it: at both lengths the samples are `finish` of chains."""
     x = digits()[0]
     state = train(x, TrainConfig(**TINY, hidden=16, denoise=True), progress=False)
