@@ -88,8 +88,8 @@ _K60 = TrainConfig(
     learning_rate=1e-4,
 )  # α = 0.01, data noise, β₁ = 0, clip, EMA: the defaults
 # What the others can do of our recipe for MNIST: chains that do not begin hot, a fixed share of restarts (the recipe's
-# own restart by age; a life of s·ln(1 + A/s) = 277 steps, ten a visit, is a share of 0.04), one update for each walk.
-_MNIST = replace(RECIPES["mnist"], noise_start=None, anneal_steps=0, minibatches=1, reinit_age=None, reinit_prob=0.04)
+# own are by age; a life of s·ln(1 + A/s) = 287 steps, seven a visit, is a share of 0.025), one update for each walk.
+_MNIST = replace(RECIPES["mnist"], noise_start=None, anneal_steps=0, minibatches=1, reinit_age=None, reinit_prob=0.025)
 
 CHAIN_CASES = {
     "cnn_16": _cnn(16, 60),
@@ -100,7 +100,9 @@ CHAIN_CASES = {
 }
 TRAIN_CASES = {
     "train_60": TrainCase("training, K = 60, batch 128", _K60, n_updates=1),
-    "train_mnist": TrainCase("training, K = 10, batch 128, half the width (MNIST recipe)", _MNIST, n_updates=2),
+    "train_mnist": TrainCase(
+        f"training, K = {_MNIST.n_steps}, batch 128, half the width (MNIST recipe)", _MNIST, n_updates=2
+    ),
 }
 MEMORY_STEPS, MEMORY_ROUNDS, MEMORY_CHAINS = (100, 10_000), 2, 1024
 

@@ -40,6 +40,7 @@ from ebm_lit.training import (
     DivergenceError,
     TrainConfig,
     TrainState,
+    denoise,
     finish,
     generate,
     resolve_device,
@@ -60,22 +61,25 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no annealing: σ is the same at every age": {"noise_start": None, "anneal_steps": 0},
     "annealed chains, but data with constant noise": {"match": False},
     "annealing in half the steps": {"anneal_steps": RECIPE.anneal_steps // 2},
+    "annealing in 300 steps, length 400": {"anneal_steps": 300, "sample_steps": 400},
     "annealing from three times the noise": {"noise_start": 3 * (RECIPE.noise_start or 0.0)},
     "chains younger than 20 steps do not count": {"youngest": 20},
     "one update for each walk, half as many": {"minibatches": 1},
-    "four updates for each walk": {"batch_size": 256, "minibatches": 4, "n_iterations": 750},
+    "four updates for each walk": {"batch_size": 256, "minibatches": 4, "n_iterations": 750, "buffer_size": 512},
     "learning rate 0.003": {"learning_rate": 0.003},
     "learning rate 0.01": {"learning_rate": 0.01},
     "constant learning rate": {"schedule": "constant"},
-    "5 steps instead of 10": {"n_steps": 5},
+    "a learning rate that falls to zero": {"final_rate": 0.0},
+    "5 steps instead of 7": {"n_steps": 5},
+    "10 steps instead of 7": {"n_steps": 10},
     "a third of η": {"step_size": RECIPE.step_size / 3},
     "half of σ, at every age": {"noise_scale": RECIPE.noise_scale / 2, "noise_start": (RECIPE.noise_start or 0.0) / 2},
     "no noise on the data": {"data_noise": 0.0},
     "without the regulariser": {"alpha": 0.0},
     "without averaging": {"ema_decay": 0.0},
     "1,024 slots": {"buffer_size": 1024},
-    "8,192 slots: young chains": {"buffer_size": 8192},
-    "restart with 4 %: young chains": {"reinit_age": None, "reinit_prob": 0.04},
+    "4,096 slots: young chains": {"buffer_size": 4096},
+    "restart with 3 %: young chains": {"reinit_age": None, "reinit_prob": 0.03},
     "never restart": {"reinit_age": None, "reinit_prob": 0.0},
     "with the neglected term": {"kl": 1.0},
     "with a gradient penalty": {"gradient_penalty": 0.1},
@@ -127,10 +131,14 @@ def lengths(
         },
         str(factor * steps): facts(finish(state, few), real),
     }
-    if state.config.denoise:
-        before = facts(x, real) | {"frechet_of_the_few": facts(x[:n_long], real)["frechet"]}
-        for row, noisy in zip(rows.values(), (before, facts(few, real)), strict=True):
-            row["not_denoised"] = noisy
+    # The other way, too: with the noise still in where the recipe takes it out, and without it where it does not.
+    config = state.config
+    name, other = "not_denoised", (x, few)
+    if not config.denoise:
+        settings = config.data_noise, config.sampler.implied_temperature, config.bounds
+        name, other = "denoised", (denoise(network, x, *settings), denoise(network, few, *settings))
+    rows[str(steps)][name] = {**facts(other[0], real), "frechet_of_the_few": facts(other[0][:n_long], real)["frechet"]}
+    rows[str(factor * steps)][name] = facts(other[1], real)
     return rows, strip(finish(state, torch.cat([x[:8], few[:8]])).cpu())
 
 

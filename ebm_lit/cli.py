@@ -196,14 +196,17 @@ def settings_from(
     options: dict[str, Any],  # from the command line; None where an option was not given
     data: str = "",  # what is trained on; its recipe, if there is one, gives the defaults
 ) -> TrainConfig:
-    """The recipe of the data, the file, the options: the later wins. Raises `ValueError` for a wrong setting."""
+    """The recipe of the data, the file, the options: the later wins. Raises `ValueError` for a wrong setting.
+
+    The settings of an earlier run are whole: what they lack did not exist then, and no recipe of today fills it in.
+    """
     stored = values.get("config", values)
     if stored is not values and not values.keys() <= {"data", "shape", "config"}:
         raise ValueError(f"a file with a config may name data and shape besides, got {', '.join(map(repr, values))}")
     if not isinstance(stored, dict):
         raise ValueError(f"config: expected a JSON object of settings, got {type(stored).__name__}")
     given = {k: None if v == "none" else v for k, v in options.items() if v is not None}
-    recipe = dataclasses.asdict(RECIPES.get(data, TrainConfig()))
+    recipe = dataclasses.asdict(RECIPES.get(data, TrainConfig()) if stored is values else TrainConfig())
     return TrainConfig.from_dict({**recipe, **stored, **given})
 
 

@@ -124,7 +124,8 @@ class TrainConfig:
     data_noise: float = 0.03  # standard deviation of the noise added to data
     denoise: bool = False  # take the data's noise out of finished samples
     learning_rate: float = 3e-3  # of Adam, after the warm-up
-    warmup: int = 50  # iterations of linear warm-up; half a cosine down to zero follows
+    warmup: int = 50  # iterations of linear warm-up; half a cosine follows
+    final_rate: float = 0.0  # share of the learning rate that is left at the end
     beta1: float = 0.0  # Adam's momentum
     weight_grad_clip: float = 1.0  # largest norm of the weights' gradient
     ema_decay: float = 0.999  # per update, of the averaged weights, which draw the samples
@@ -200,6 +201,7 @@ def _checked(c: TrainConfig) -> dict[str, Any]:
         found[name] = _whole(name, getattr(c, name), 0)
     for name in ("step_size", "learning_rate", "weight_grad_clip", "max_energy_gap", "max_grad_norm", "max_saturation"):
         found[name] = _number(name, getattr(c, name), 0, _HUGE, open_low=True)
+    found["final_rate"] = _number("final_rate", c.final_rate, 0, 1)
     found["rollback_factor"] = _number("rollback_factor", c.rollback_factor, 0, 1, open_low=True)
     for name in ("noise_scale", "alpha", "data_noise"):
         found[name] = _number(name, getattr(c, name), 0, _HUGE)
@@ -216,11 +218,12 @@ def learning_rate(
     config: TrainConfig,
     step: int,  # iterations done so far
 ) -> float:
-    """Linear warm-up, then half a cosine down to zero at `n_iterations`."""
+    """Linear warm-up, then half a cosine down to the share `final_rate` at `n_iterations`."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.n_iterations - config.warmup)
-    return config.learning_rate * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    falling = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * falling)
 
 # %% ../nbs/04_training.ipynb #b1099b91
 METRICS = ("loss", "energy_gap", "energy_data", "energy_negatives", "grad_norm", "saturation", "learning_rate")
@@ -879,6 +882,9 @@ _HEADER: dict[str, tuple[Callable[[Any], bool], str]] = {
 }  # every entry of a checkpoint's header: what it must be, in code and in words
 
 
+_LATER = {"denoise": False, "final_rate": 0.0}  # settings that older files lack, and what was done then
+
+
 def _same_keys(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
     odd = sorted(set(found) ^ set(expected))
     if odd:
@@ -892,7 +898,8 @@ def _check_header(header: Any) -> None:
     _same_keys("the entry", header, _HEADER)
     for name, (fits, expected) in _HEADER.items():
         _require(fits(header[name]), name, expected, header[name])
-    _same_keys("the setting", header["config"], [f.name for f in dataclasses.fields(TrainConfig)])
+    settings = {**_LATER, **header["config"]}
+    _same_keys("the setting", settings, [f.name for f in dataclasses.fields(TrainConfig)])
 
 # %% ../nbs/04_training.ipynb #d0c4be55
 _UNREADABLE = (

@@ -140,6 +140,9 @@ def test_recipe_gives_the_defaults_and_options_win() -> None:
     assert settings_from({}, {}, "digits") == settings_from({}, {}) == TrainConfig()
     assert settings_from({"width": 8}, {"hidden": 16, "seed": None}, "mnist").width == 8
     assert settings_from({"width": 8}, {"width": 24}, "mnist").width == 24
+    older = {"data": "mnist", "config": {"width": 8, "n_iterations": 3800}}  # of a run before there was a final_rate
+    found = settings_from(older, {"hidden": 16}, "mnist")
+    assert (found.width, found.hidden, found.final_rate) == (8, 16, 0.0) and RECIPES["mnist"].final_rate > 0
 
 
 def test_samples_right_after_the_installation_take_seconds(tmp_path: Path) -> None:

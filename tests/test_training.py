@@ -255,6 +255,11 @@ def test_schedule_by_hand():
     assert [learning_rate(config, s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
     assert learning_rate(config, 60) == pytest.approx(0.5)
     assert learning_rate(config, 110) == pytest.approx(0.0, abs=1e-12)
+    kept = dataclasses.replace(config, final_rate=0.2)  # from 1 to 0.2: halfway at 0.6
+    assert [learning_rate(kept, s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert [learning_rate(kept, s) for s in (10, 60, 110)] == pytest.approx([1.0, 0.6, 0.2])
+    level = dataclasses.replace(config, final_rate=1.0)
+    assert {learning_rate(level, s) for s in range(9, 111)} == {1.0}
 
 
 def test_points_and_a_network_of_your_own():
@@ -428,6 +433,18 @@ def test_loaded_tensors_are_plain_data(x, tmp_path):
     header, tensors = read_checkpoint(tmp_path / "c.safetensors")
     assert header["format"] == training.FORMAT and TrainConfig.from_dict(header["config"]) == TINY
     assert json.loads(json.dumps(header)) == header and all(isinstance(t, Tensor) for t in tensors.values())
+
+
+def test_a_file_from_before_a_setting_goes_on_as_it_did(x, tmp_path):
+    """What is missing in `_LATER` has its default, which is what was done; bit for bit as a file that says so."""
+    path, straight = tmp_path / "c.safetensors", train(x, TINY, progress=False)
+    train(x, TINY, progress=False, checkpoint=path, stop=stop_after(2))
+    header, tensors = read_checkpoint(path)
+    assert training._LATER.items() <= dataclasses.asdict(TrainConfig()).items()
+    for name in training._LATER:
+        header["config"].pop(name)
+    path.write_bytes(training._pack(header, tensors))
+    assert same(straight, train(x, state=load_checkpoint(path), progress=False))
 
 
 def test_an_error_while_saving_keeps_the_previous_checkpoint(x, tmp_path, monkeypatch):
