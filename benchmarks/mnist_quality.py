@@ -50,7 +50,6 @@ from ebm_lit.training import (
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECIPE = RECIPES["mnist"]
-NOISY = dataclasses.replace(RECIPE, denoise=False)  # what a choice is worth in training shows as well without
 
 # Ablations are compared with the recipe at this length, so that each takes a few minutes.
 SHORTER = {"n_iterations": 1500, "on_divergence": "stop"}
@@ -318,11 +317,11 @@ def main() -> None:
     if args.ablations is not None:
         for name in args.ablations or ABLATIONS:
             with tricks(SHORTER | ABLATIONS[name]) as settings:
-                config = dataclasses.replace(NOISY, **settings)
+                config = dataclasses.replace(RECIPE, **settings)
                 row, _ = one_seed(config, seen, real, 500, 300, 5)
             show(name, row)
             if args.store:
-                full = {**setting, "recipe": dataclasses.asdict(NOISY), "shorter": SHORTER}
+                full = {**setting, "shorter": SHORTER}
                 merge(RESULTS / "mnist_ablations.json", full, [{"name": name, "set": ABLATIONS[name], **row}], "name")
         return
     for seed in range(args.first, args.first + args.seeds):
