@@ -978,7 +978,9 @@ def load_checkpoint(
         network = _without_memory(config, shape) if energy is None else energy
         _check_fit(header, saved, config, network)
         some = inside.new_full((1, *shape), config.bounds[0] if config.bounds else 0.0)
-        state = init_state(config, some, energy)
+        few = dataclasses.replace(config, buffer_size=config.batch_size)  # the chains come from the file
+        state = init_state(few, some, energy)
+        state.config = config
         state.step, state.data_hash = header["step"], header["data_hash"]
         state.rollbacks = _read_rollbacks(header["rollbacks"], config)
         _fill(state, saved, header)
@@ -1075,10 +1077,10 @@ def _fill(state: TrainState, saved: dict[str, Tensor], header: dict[str, Any]) -
     state.energy.load_state_dict(_under("energy.", saved))
     state.ema.load_state_dict(_under("ema.", saved))
     _restore_optimizer(state, _under("optimizer.", saved))
-    state.buffer.samples.copy_(saved["buffer.samples"])
-    state.buffer.ages.copy_(saved["buffer.ages"])
+    device = state.history.device
+    state.buffer = ReplayBuffer(*(saved[f"buffer.{k}"].to(device, copy=True) for k in ("samples", "ages")))
     state.history.copy_(saved["history"])
-    if header["device"] == state.history.device.type:
+    if header["device"] == device.type:
         _restore_generator(state.generator, saved["generator"])
     else:  # another kind of device draws other numbers: start a fresh, still reproducible stream
         state.generator.manual_seed(state.config.seed + state.step + 1)
