@@ -12,8 +12,8 @@ each repeat times every contender once, in an order that rotates. Ratios are for
 that is slow for a while is slow for all. The first call is timed apart. A run ends with status 1 and stores nothing if
 a contender's samples, or our gradients, are not those of the plain network.
 
-Our sampler with `accelerate="compile"` comes last, against our sampler as it is: compiled code brings a second OpenMP
-with threads of its own, and in its company everybody is slower, the shorter the operations the more.
+Our sampler with `accelerate="compile"` comes last, against our sampler as it is: where compiled code brings a second
+OpenMP, with threads of its own, everybody is slower in its company, the shorter the operations the more.
 """
 
 import argparse

@@ -52,7 +52,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 RECIPE = RECIPES["mnist"]
 
 # Ablations are compared with the recipe at this length, so that each takes a few minutes.
-SHORTER = {"n_iterations": 1500, "on_divergence": "stop"}
+SHORTER = {"n_iterations": RECIPE.n_iterations // 2, "on_divergence": "stop"}
 
 # What happens without each choice: a name for the table, and what is set instead (no setting of that name: a trick).
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "annealing from three times the noise": {"noise_start": 3 * (RECIPE.noise_start or 0.0)},
     "chains younger than 20 steps do not count": {"youngest": 20},
     "one update for each walk, half as many": {"minibatches": 1},
-    "four updates for each walk": {"batch_size": 256, "minibatches": 4, "n_iterations": 750, "buffer_size": 512},
+    "four updates for each walk": {
+        "batch_size": 256,
+        "minibatches": 4,
+        "n_iterations": RECIPE.n_iterations // 4,
+        "buffer_size": 512,
+    },
     "learning rate 0.003": {"learning_rate": 0.003},
     "learning rate 0.01": {"learning_rate": 0.01},
     "constant learning rate": {"schedule": "constant"},
