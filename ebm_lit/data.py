@@ -14,7 +14,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,15 @@ def _draw_moons(n: int, generator: torch.Generator | None, radius: float, std: f
     return sign * _arc(angle, radius) + std * torch.randn(n, 2, generator=generator, device=device)
 
 
+@cache
+def _legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    "Places in [-1, 1] and weights of a Gauss-Legendre quadrature; the weights add up to 2."
+    return np.polynomial.legendre.leggauss(nodes)
+
+
 def _log_moons(x: Tensor, radius: float, std: float, nodes: int = 96) -> Tensor:
     "log ½ Σ_± (1/π) ∫₀^π N(x; ±a(t), s²I) dt by Gauss-Legendre quadrature along the arc."
-    t, weight = np.polynomial.legendre.leggauss(nodes)  # on [-1, 1]; the weights add up to 2
+    t, weight = _legendre(nodes)
     spine = _arc(torch.as_tensor(math.pi * (t + 1) / 2), radius)
     spine, log_weight = _like(x, torch.cat([spine, -spine])), _like(x, torch.as_tensor(np.log(weight / 4))).repeat(2)
     parts = x.split(2**13)  # bounded memory, whatever the number of points

@@ -367,20 +367,6 @@ def test_matplotlib_is_imported_in_plotting_and_widgets_only(name: str) -> None:
     assert not drawn or name in {"plotting", "widgets"}
 
 
-@every_module
-def test_no_second_linear_algebra(name: str) -> None:
-    """PyTorch alone multiplies: NumPy's BLAS has threads of its own, which keep both cores busy for a while after."""
-    products = {"linalg", "dot", "vdot", "inner", "outer", "matmul", "tensordot", "einsum", "cov", "corrcoef"}
-    tree = ast.parse((ROOT / PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-    found = [
-        f"line {node.lineno}: np.{node.attr}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np"
-        if node.attr in products
-    ]
-    assert not found
-
-
 def test_requirements_are_exactly_what_the_package_imports() -> None:
     used = {part.split(".")[0] for name in [*MODULES, "__init__"] for part in imports(name)}
     used -= {PACKAGE, *sys.stdlib_module_names}
