@@ -613,6 +613,20 @@ MISTAKES = (
         (FAST,),
     ),
     Mistake(
+        "NumPy's norms before every chain, and its threads beside it",
+        "fast",
+        "float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) for t",
+        "float(__import__('numpy').linalg.norm(t.detach().double().numpy())) for t",
+        ("test_threads.py",),
+    ),
+    Mistake(
+        "the nodes of a quadrature computed anew at every step",
+        "data",
+        "@cache\ndef _legendre",
+        "def _legendre",
+        ("test_threads.py",),
+    ),
+    Mistake(
         "an infinite gradient clamped into a pixel",
         "training",
         "    if not torch.isfinite(clean).all():",
@@ -692,8 +706,8 @@ MISTAKES = (
     Mistake(
         "ages of the chains not restored on load",
         "training",
-        '    state.buffer.ages.copy_(saved["buffer.ages"])\n',
-        "",
+        ".to(device, copy=True) for k in",
+        '.to(device, copy=True).mul_(k == "samples") for k in',
         (TRAINING,),
     ),
     Mistake(

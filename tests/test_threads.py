@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import ebm_lit
+
 # What is asked for in chapters and widgets a thousand times over. The first time may prepare something, and is free.
 CODE = """
 import os
@@ -63,7 +65,7 @@ def worked(extra: str) -> tuple[int, int]:
     """How many threads NumPy has, and how many ticks they had while chains ran."""
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     code = CODE.replace("EXTRA", f"def extra():\n    {extra}")
-    root = Path(__file__).resolve().parent.parent
+    root = Path(ebm_lit.__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=True)
     n, t = map(int, done.stdout.split())
     return n, t
