@@ -615,8 +615,8 @@ MISTAKES = (
     Mistake(
         "NumPy's norms before every chain, and its threads beside it",
         "fast",
-        "float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) for t",
-        "float(__import__('numpy').linalg.norm(t.detach().double().numpy())) for t",
+        "math.sqrt(np.square(t.detach().double().numpy()).sum()) for t",
+        "float(np.linalg.norm(t.detach().double().numpy())) for t",
         ("test_threads.py",),
     ),
     Mistake(
