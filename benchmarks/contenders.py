@@ -36,6 +36,7 @@ class ChainCase:
     bounds: tuple[float, float] | None  # the clamp after every step
     spread: float  # chains start uniformly in ±spread
     repeats: int = 10
+    freed: int = 0  # bytes of a block that the process has freed before
 
     def network(self, device: torch.device) -> nn.Module:
         """The book's network with its last layer scaled, so that drift and noise of a step are alike."""

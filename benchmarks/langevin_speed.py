@@ -12,8 +12,11 @@ each repeat times every contender once, in an order that rotates. Ratios are for
 that is slow for a while is slow for all. The first call is timed apart. A run ends with status 1 and stores nothing if
 a contender's samples, or our gradients, are not those of the plain network.
 
-Our sampler with `accelerate="compile"` comes last, against our sampler as it is: where compiled code brings a second
-OpenMP, with threads of its own, everybody is slower in its company, the shorter the operations the more.
+Each case has a process of its own. Otherwise the matrices of the floor, or a case before it, would have taught the
+C library to keep freed memory (`mallopt(3)`, "dynamic mmap threshold"), and whoever allocates in every step would be
+faster than in a program that only makes these chains. How much that is, the case "a large block freed before" shows.
+Our sampler with `accelerate="compile"` has processes of its own, too, against our sampler as it is: where compiled
+code brings a second OpenMP, everybody is slower in its company.
 """
 
 import argparse
@@ -97,6 +100,7 @@ CHAIN_CASES = {
     "cnn_1024": _cnn(1024, 5),
     "mlp_256": _mlp(256, 200),
     "mlp_4096": _mlp(4096, 30),
+    "mlp_4096_kept": replace(_mlp(4096, 30), title="the same, a large block freed before", freed=2**24),
 }
 TRAIN_CASES = {
     "train_60": TrainCase("training, K = 60, batch 128", _K60, n_updates=1),
@@ -260,6 +264,7 @@ def flops_per_step(net: nn.Module, x: Tensor) -> int:
 
 def run_chains(case: ChainCase, names: list[str], device: torch.device) -> tuple[dict[str, Any], list[str]]:
     """One case: timings, ratios, moments, agreement, work; and what is wrong."""
+    torch.empty(case.freed, dtype=torch.uint8)
     reference = case.network(device)
     chains = {name: CHAINS[name](copy.deepcopy(reference), case, device) for name in names}
     first = {}
@@ -284,6 +289,7 @@ def run_chains(case: ChainCase, names: list[str], device: torch.device) -> tuple
         "step_size": case.step_size,
         "noise_scale": case.noise_scale,
         "bounds": case.bounds,
+        "freed": case.freed,
         "repeats": case.repeats,
         **summary(seconds, case.batch * case.n_steps),
         "first_call_seconds": first,
@@ -299,14 +305,11 @@ def run_compiled(case: ChainCase, device: torch.device) -> tuple[dict[str, Any],
     try:
         found, wrong = run_chains(case, [OURS, TEXTBOOK, COMPILED], device)
     except NotCompiled as error:
-        print(f"{case.title}: {error}", flush=True)
         return {"gave_up": str(error)}, []
-    ratio, first = found["ratio"][COMPILED], found["first_call_seconds"][COMPILED]
-    print(f"{case.title}: compiled {ratio['median']:.2f} times ours, first call {first:.1f} s", flush=True)
     seconds = {name: found["seconds"][name] for name in (OURS, COMPILED)}
     return {
-        "ratio": ratio,
-        "first_call_seconds": first,
+        "ratio": found["ratio"][COMPILED],
+        "first_call_seconds": found["first_call_seconds"][COMPILED],
         "seconds": seconds,
         "z": found["moments"][COMPILED]["z"],
     }, wrong
@@ -361,7 +364,28 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     return math.sqrt(sum(float((p.detach() - q.detach()).square().sum()) for p, q in pairs))
 
 
-# Memory, in processes of their own
+# Processes of their own
+
+
+def in_child(flags: list[str], device: torch.device) -> Any:
+    """What this script, called with these flags, prints as its last line."""
+    command = [sys.executable, str(Path(__file__).resolve()), *flags, "--device", str(device)]
+    command += ["--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(flags)}: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def case_child(key: str, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    """One case among all contenders that are present, or ours through the compiler; and what is wrong."""
+    chains, trainings = (SMOKE_CHAINS, SMOKE_TRAIN) if args.smoke else (CHAIN_CASES, TRAIN_CASES)
+    case = chains[key] if key in chains else trainings[key]
+    case = replace(case, repeats=args.repeats or case.repeats)
+    names = contenders()[0]
+    if isinstance(case, TrainCase):
+        return run_training(case, names, device)
+    return run_compiled(case, device) if args.compiled else run_chains(case, names, device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -394,13 +418,7 @@ def run_memory(names: list[str], device: torch.device, lengths: tuple[int, int],
         return {"skipped": "the peak memory of a process is read from /proc, which is not there"}
     peaks: dict[str, list[list[int]]] = {name: [] for name in names}
     for _, name in in_turns(names, rounds):
-        options = ["--memory-child", name, *map(str, lengths)]
-        command = [sys.executable, str(Path(__file__).resolve()), *options, "--device", str(device)]
-        command += ["--threads", str(torch.get_num_threads())]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"memory of {name}: {done.stderr.strip()[-500:]}")
-        peaks[name].append(json.loads(done.stdout.splitlines()[-1]))
+        peaks[name].append(in_child(["--memory-child", name, *map(str, lengths)], device))
     all_states = 4 * 2 * MEMORY_CHAINS * lengths[1]  # what keeping every state would take
     ratios = {name: [long / short for short, long in found] for name, found in peaks.items()}
     return {"lengths": lengths, "bytes_of_all_states": all_states, "peak_bytes": peaks, "ratio": ratios}
@@ -460,6 +478,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows that everything runs, not how fast")
     parser.add_argument("--store", action="store_true", help="write benchmarks/results/langevin_speed_DEVICE.json")
     parser.add_argument("--output", type=Path, help="write the results to this file")
+    parser.add_argument("--case-child", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory-child", nargs=3, metavar=("NAME", "SHORT", "LONG"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.repeats is not None and args.repeats < 2:
@@ -479,17 +499,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
     gemm = [matrix_peak(device, sizes)]
     cases: dict[str, Any] = {}
     wrong: list[str] = []
-    for key, chain in (SMOKE_CHAINS if args.smoke else CHAIN_CASES).items():
-        if key in args.only:
-            cases[key], bad = run_chains(replace(chain, repeats=args.repeats or chain.repeats), names, device)
-            wrong += bad
-            gemm.append(matrix_peak(device, sizes))
-            print(table({key: cases[key]}).splitlines()[-1], flush=True)
-    for key, training in (SMOKE_TRAIN if args.smoke else TRAIN_CASES).items():
-        if key in args.only:
-            cases[key], bad = run_training(replace(training, repeats=args.repeats or training.repeats), names, device)
-            wrong += bad
-            print(table({key: cases[key]}).splitlines()[-1], flush=True)
+    flags = [*(["--smoke"] if args.smoke else []), *(["--repeats", str(args.repeats)] if args.repeats else [])]
+    known = [*SMOKE_CHAINS, *SMOKE_TRAIN] if args.smoke else [*CHAIN_CASES, *TRAIN_CASES]
+    for key in [key for key in known if key in args.only]:
+        cases[key], bad = in_child(["--case-child", key, *flags], device)
+        wrong += bad
+        gemm.append(matrix_peak(device, sizes))
+        print(table({key: cases[key]}).splitlines()[-1], flush=True)
     peak = max(max(found.values()) for found in gemm)
     for case in cases.values():
         if "flops_per_step" in case:
@@ -500,9 +516,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
         lengths, rounds = ((10, 300), 1) if args.smoke else (MEMORY_STEPS, MEMORY_ROUNDS)
         memory = run_memory(names[:1] if args.smoke else names, device, lengths, rounds)
     if not args.smoke:  # compiling takes longer than all of a smoke run
-        for key in [key for key in CHAIN_CASES if key in cases]:
-            cases[key]["compiled"], bad = run_compiled(CHAIN_CASES[key], device)
+        for key in [key for key, case in CHAIN_CASES.items() if key in cases and not case.freed]:
+            found, bad = in_child(["--case-child", key, "--compiled"], device)
+            cases[key]["compiled"] = found
             wrong += bad
+            said = f"{found['ratio']['median']:.2f} times ours" if "ratio" in found else found["gave_up"]
+            print(f"{cases[key]['title']}, compiled: {said}", flush=True)
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine(device),
@@ -531,6 +550,9 @@ def main() -> int:
     if args.memory_child:
         name, *lengths = args.memory_child
         print(json.dumps(memory_child(name, list(map(int, lengths)), device)))
+        return 0
+    if args.case_child:
+        print(json.dumps(case_child(args.case_child, args, device)))
         return 0
     report, wrong = measure(args, device)
     print()

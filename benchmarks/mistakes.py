@@ -280,17 +280,17 @@ MISTAKES = (
     ),
     Mistake(
         "the alarm watches the energy but not the gradient",
-        "langevin",
-        "zip((e, grad), places, strict=True)",
-        "zip((e, e), places, strict=True)",
+        "fast",
+        "zip(sums.unbind(), (e, grad), strict=True)",
+        "zip(sums.unbind(), (e, e), strict=True)",
         (LANGEVIN,),
     ),
     Mistake(
         "a block that leaves the engine is not put back",
         "langevin",
         """            self.copy_out()
-            self.engine.x[""",
-        "            self.engine.x[",
+            at = """,
+        "            at = ",
         (FAST,),
     ),
     Mistake(
@@ -601,22 +601,29 @@ MISTAKES = (
     Mistake(
         "a step without energies that nobody checks for overflow",
         "fast",
-        "return torch.bmm(self.half, squares, out=self.dense.e).flatten()",
-        "return self.g_columns[:, 0].flatten()",
+        "torch.mul(self.columns, self.columns, out=self.squares)\n        torch.sum(",
+        "torch.mul(self.g_columns, 0, out=self.squares)\n        torch.sum(",
+        (FAST,),
+    ),
+    Mistake(
+        "chains of an earlier block set off the alarm of a shorter one",
+        "langevin",
+        "self.engine.x[:, at[1].stop :] = 0",
+        "pass",
         (FAST,),
     ),
     Mistake(
         "energies left out although they may overflow first",
         "fast",
-        "self.lean = r < largest / 2",
-        "self.lean = True",
+        "self.lean = r < largest / 2 and",
+        "self.lean =",
         (FAST,),
     ),
     Mistake(
         "NumPy's norms before every chain, and its threads beside it",
         "fast",
-        "math.sqrt(np.square(t.detach().double().numpy()).sum()) for t",
-        "float(np.linalg.norm(t.detach().double().numpy())) for t",
+        "torch.linalg.vector_norm(t, dtype=torch.float64)",
+        "torch.tensor(__import__('numpy').linalg.norm(t.detach().double().numpy()))",
         ("test_threads.py",),
     ),
     Mistake(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .energy import Energy, energy_and_grad, frozen
-from .fast import Accelerated, Compiled, Engine, Mode, accelerate
+from .fast import Accelerated, Compiled, Engine, Mode, accelerate, tally
 
 # %% ../nbs/02_langevin.ipynb #b1be5d2b
 def langevin_step(
@@ -280,7 +280,9 @@ class _Blocks:
         """Let this block's chains in, and those that were there out."""
         if block != self.inside:
             self.copy_out()
-            self.engine.x[self.at(block)] = self.state[block].unflatten(0, (self.parts, -1))
+            at = self.at(block)
+            self.engine.x[at] = self.state[block].unflatten(0, (self.parts, -1))
+            self.engine.x[:, at[1].stop :] = 0  # nobody walks there, and nobody's numbers set off the alarm
             self.inside = block
 
     def copy_out(self) -> None:
@@ -299,13 +301,15 @@ class _Blocks:
             own = own.unflatten(1, (self.parts, -1)) if isinstance(own, Tensor) else own
             torch.mul(drawn[:, block].unflatten(1, (self.parts, -1)), own, out=noise)
             x, spare = engine.x[at], self.spare[at]
-            for i, (omega, places) in enumerate(zip(noise.unbind(), track.places[k][first:last], strict=True)):
-                watched = track.seen is not None or first + i == 0  # no step needs the energies; the alarm wants some
-                e, grad = (engine if watched else engine.gradient)()[: block.stop - block.start], engine.grad[at]
-                _tally(places, e, grad)
-                if track.seen is not None:
-                    track.seen[0][block], track.seen[1][block] = e, grad.flatten(0, 1)
-                _move(track.sampler, x, grad, track.eta, omega, spare)
+            for i, (omega, sums) in enumerate(zip(noise.unbind(), track.places[k][first:last], strict=True)):
+                if track.seen is None and first + i > 0:  # no step needs the energies; the alarm wants some
+                    engine.gradient(sums)
+                else:
+                    e = engine()[: block.stop - block.start]
+                    tally(sums, e, engine.grad[at])
+                    if track.seen is not None:
+                        track.seen[0][block], track.seen[1][block] = e, engine.grad[at].flatten(0, 1)
+                _move(track.sampler, x, engine.grad[at], track.eta, omega, spare)
 
 
 class _Track:
@@ -332,7 +336,7 @@ class _Track:
         self.seen = (x.new_empty(len(x)), torch.empty_like(self.state)) if watched else None
         n_blocks = 1 if self.blocks is None else len(self.blocks.blocks)
         self.sums = x.new_zeros(n_blocks, self.m, 2, dtype=torch.promote_types(x.dtype, torch.float32))
-        self.places = [[row.unbind() for row in of_block] for of_block in self.sums]
+        self.places = [of_block.unbind() for of_block in self.sums]
         self.drawn = x.new_zeros(self.m, *x.shape)  # noise; of unit variance where it goes into an engine
         self.ages, self.sigmas = ages, x.new_zeros(self.m, len(x)) if sampler.anneal_steps else None
         self.done = 0  # steps whose noise was drawn; all are made before the next are drawn
@@ -377,7 +381,7 @@ class _Track:
         s = self.sampler
         for i in range(first, last):
             e, grad = energy_and_grad(self.energy, self.state)
-            _tally(self.places[0][i], e, grad)
+            tally(self.places[0][i], e, grad)
             if self.seen is not None:
                 self.seen = e, grad
             if self.plain:
@@ -390,12 +394,6 @@ class _Track:
 def _like_batch(sigma: float | Tensor, noise: Tensor) -> float | Tensor:
     """σ (m, B) with as many dimensions as the noise (m, B, *shape)."""
     return sigma.view(*sigma.shape, *[1] * (noise.ndim - 2)) if isinstance(sigma, Tensor) else sigma
-
-
-def _tally(places: Sequence[Tensor], e: Tensor, grad: Tensor) -> None:
-    """A step's two sums for the alarm, each a scalar tensor."""
-    for t, place in zip((e, grad), places, strict=True):
-        torch.sum(t, tuple(range(t.ndim)), dtype=place.dtype, out=place)
 
 
 def _move(s: "Langevin", x: Tensor, grad: Tensor, eta: Tensor, omega: Tensor, spare: Tensor) -> None:

@@ -141,7 +141,7 @@ def test_stored_results_are_complete(speed: ModuleType, path: Path) -> None:
     assert list(report["cases"]) == [*speed.CHAIN_CASES, *speed.TRAIN_CASES] and report["skipped"] == {}
     for case in report["cases"].values():
         assert set(case["seconds"]) == {"ebm_lit", "textbook", "torchebm", "ebmkit"}
-        if case["kind"] != "training":
+        if case["kind"] != "training" and not case["freed"]:
             assert case["compiled"]["first_call_seconds"] > 0 and case["compiled"]["z"] <= speed.Z_LIMIT
         assert all(len(values) == case["repeats"] >= 10 for values in case["seconds"].values())
         assert all(moments.get("z", 0.0) <= speed.Z_LIMIT for moments in case["moments"].values())
