@@ -5,16 +5,17 @@
     python benchmarks/langevin_speed.py --store            and write benchmarks/results/langevin_speed_cpu.json
     python benchmarks/langevin_speed.py --device cuda      the same on a GPU (langevin_speed_cuda.json)
     python benchmarks/langevin_speed.py --only cnn_128     some of the cases, by their names
-    python benchmarks/langevin_speed.py --smoke            tiny sizes, a few seconds: does everything still run?
+    python benchmarks/langevin_speed.py --smoke            tiny sizes, half a minute: does everything still run?
 
 All contenders get copies of the same network, the same starts and the same law of the noise, in one process, in turns:
 each repeat times every contender once, in an order that rotates. Ratios are formed within a repeat, so that a machine
 that is slow for a while is slow for all. The first call is timed apart. A run ends with status 1 and stores nothing if
 a contender's samples, or our gradients, are not those of the plain network.
 
-Each case has a process of its own. Otherwise the matrices of the floor, or a case before it, would have taught the
-C library to keep freed memory (`mallopt(3)`, "dynamic mmap threshold"), and whoever allocates in every step would be
-faster than in a program that only makes these chains. How much that is, the case "a large block freed before" shows.
+Each case has a process of its own. glibc keeps the more freed memory, the larger the largest block that was ever freed
+(`mallopt(3)`: the dynamic mmap threshold). After the matrices of the floor, or after another case, whoever allocates in
+every step would be faster than in a program that only makes these chains. How much that is, the case "a large block
+freed before" shows.
 Our sampler with `accelerate="compile"` has processes of its own, too, against our sampler as it is: where compiled
 code brings a second OpenMP, everybody is slower in its company.
 """
