@@ -12,16 +12,17 @@ each repeat times every contender once, in an order that rotates. Ratios are for
 that is slow for a while is slow for all. The first call is timed apart. A run ends with status 1 and stores nothing if
 a contender's samples, or our gradients, are not those of the plain network.
 
-Each case has a process of its own. glibc keeps the more freed memory, the larger the largest block that was ever freed
-(`mallopt(3)`: the dynamic mmap threshold). After the matrices of the floor, or after another case, whoever allocates in
-every step would be faster than in a program that only makes these chains. How much that is, the case "a large block
-freed before" shows.
+Each case has a process of its own. glibc keeps the more freed memory, the larger the largest block of up to 32 MB that
+was ever freed (`mallopt(3)`: the dynamic mmap threshold). After the matrices of the floor, or after another case, who
+allocates in every step would be faster than in a program that only makes these chains. How much that is, the case "a
+large block freed before" shows.
 Our sampler with `accelerate="compile"` has processes of its own, too, against our sampler as it is: where compiled
 code brings a second OpenMP, everybody is slower in its company.
 """
 
 import argparse
 import copy
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -36,6 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,6 +57,10 @@ Z_LIMIT = 5.0  # |z| beyond it: another law; false alarms 6e-7 a comparison of m
 GRAD_TOLERANCE = 1e-5  # of our gradients and energies against float64, relative to the largest
 CHAIN_TOLERANCE = 1e-3  # of a whole chain without noise against the plain loop, in units of x
 MOVE_LIMIT = 2.0  # training: how far weights moved, against the textbook's, at most this factor either way
+
+resource: ModuleType | None = None
+with contextlib.suppress(ModuleNotFoundError):  # is not there on Windows
+    import resource
 
 Seconds = dict[str, list[float]]
 
@@ -139,6 +145,11 @@ def timed(action: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     result = action()
     synchronize(device)
     return time.perf_counter() - start, result
+
+
+def page_faults() -> int:
+    """Pages of memory that the system has given this process so far; 0 where it does not tell."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource is not None else 0
 
 
 def in_turns(names: list[str], repeats: int) -> Iterator[tuple[int, str]]:
@@ -265,7 +276,7 @@ def flops_per_step(net: nn.Module, x: Tensor) -> int:
 
 def run_chains(case: ChainCase, names: list[str], device: torch.device) -> tuple[dict[str, Any], list[str]]:
     """One case: timings, ratios, moments, agreement, work; and what is wrong."""
-    torch.empty(case.freed, dtype=torch.uint8)
+    torch.empty(case.freed, dtype=torch.uint8)  # is freed at once, and glibc remembers its size
     reference = case.network(device)
     chains = {name: CHAINS[name](copy.deepcopy(reference), case, device) for name in names}
     first = {}
@@ -273,10 +284,12 @@ def run_chains(case: ChainCase, names: list[str], device: torch.device) -> tuple
         first[name] = timed(lambda chain=chain: chain(case.starts(-1, device)), device)[0]
         chain(case.starts(-1, device))
     seconds: Seconds = {name: [] for name in names}
+    faults: dict[str, list[int]] = {name: [] for name in names}
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for r, name in in_turns(names, case.repeats):
-        x0 = case.starts(r, device)
+        x0, before = case.starts(r, device), page_faults()
         elapsed, x = timed(lambda name=name, x0=x0: chains[name](x0), device)
+        faults[name].append(page_faults() - before)
         seconds[name].append(elapsed)
         rows[name].append(chain_statistics(reference, x, x0))
     moments = compare_laws({name: torch.cat(parts) for name, parts in rows.items()}, paired=True)
@@ -293,6 +306,7 @@ def run_chains(case: ChainCase, names: list[str], device: torch.device) -> tuple
         "freed": case.freed,
         "repeats": case.repeats,
         **summary(seconds, case.batch * case.n_steps),
+        "page_faults": faults,
         "first_call_seconds": first,
         "flops_per_step": flops_per_step(reference, case.starts(0, device)),
         "moments": moments,
@@ -372,9 +386,9 @@ def in_child(flags: list[str], device: torch.device) -> Any:
     """What this script, called with these flags, prints as its last line."""
     command = [sys.executable, str(Path(__file__).resolve()), *flags, "--device", str(device)]
     command += ["--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its warnings go to the terminal
     if done.returncode:
-        raise RuntimeError(f"{' '.join(flags)}: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(f"{' '.join(flags)} ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -502,6 +516,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
     wrong: list[str] = []
     flags = [*(["--smoke"] if args.smoke else []), *(["--repeats", str(args.repeats)] if args.repeats else [])]
     known = [*SMOKE_CHAINS, *SMOKE_TRAIN] if args.smoke else [*CHAIN_CASES, *TRAIN_CASES]
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":  # there the freed block has no meaning
+        known = [key for key in known if key not in CHAIN_CASES or not CHAIN_CASES[key].freed]
     for key in [key for key in known if key in args.only]:
         cases[key], bad = in_child(["--case-child", key, *flags], device)
         wrong += bad
@@ -518,7 +534,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
         memory = run_memory(names[:1] if args.smoke else names, device, lengths, rounds)
     if not args.smoke:  # compiling takes longer than all of a smoke run
         for key in [key for key, case in CHAIN_CASES.items() if key in cases and not case.freed]:
-            found, bad = in_child(["--case-child", key, "--compiled"], device)
+            found, bad = in_child(["--case-child", key, "--compiled", *flags], device)
             cases[key]["compiled"] = found
             wrong += bad
             said = f"{found['ratio']['median']:.2f} times ours" if "ratio" in found else found["gave_up"]

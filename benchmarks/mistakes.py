@@ -601,8 +601,8 @@ MISTAKES = (
     Mistake(
         "a step without energies that nobody checks for overflow",
         "fast",
-        "torch.mul(self.columns, self.columns, out=self.squares)\n        torch.sum(",
-        "torch.mul(self.g_columns, 0, out=self.squares)\n        torch.sum(",
+        "out=self.squares).mul_(self.scale)",
+        "out=self.squares).zero_()",
         (FAST,),
     ),
     Mistake(
@@ -613,10 +613,17 @@ MISTAKES = (
         (FAST,),
     ),
     Mistake(
+        "squares for the alarm without their scale: it rings early",
+        "fast",
+        "out=self.squares).mul_(self.scale)",
+        "out=self.squares)",
+        (FAST,),
+    ),
+    Mistake(
         "energies left out although they may overflow first",
         "fast",
-        "self.lean = r < largest / 2 and",
-        "self.lean =",
+        "self.lean &= r < kind.max * kind.eps / 4",
+        "self.lean &= r == r",
         (FAST,),
     ),
     Mistake(

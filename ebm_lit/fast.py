@@ -42,7 +42,7 @@ def tally(
     e: Tensor,  # (n,)
     grad: Tensor,  # (n, *shape)
 ) -> None:
-    """The sum of a step's energies and that of its gradients: finite only if every number is."""
+    """The sum of a step's energies and that of its gradients into `sums`: finite only if every number is."""
     for place, t in zip(sums.unbind(), (e, grad), strict=True):
         torch.sum(t, tuple(range(t.ndim)), dtype=sums.dtype, out=place)
 
@@ -134,11 +134,13 @@ class Matrices:
         layers = as_matrices(network)
         parts = cores if n % cores == 0 else 1
         self.dense = _Dense([layers[0][0].shape[1], *(len(w) for w, _ in layers)], n // parts, like, parts)
-        self.both = like.new_empty(2, *self.dense.x.shape)  # x² and ∇E, where one sum finds what is no number
-        self.columns, (self.squares, self.g_columns) = self.dense.x, self.both
+        self.columns, self.g_columns = self.dense.x, like.new_empty(self.dense.x.shape)
         self.lean = False  # may a step do without the energies?
         if self.confine is not None:  # ‖x‖²/(2s²) as one more product
-            self.half = like.new_full((parts, 1, self.columns.shape[1]), 0.5 / self.confine**2)
+            self.scale = 0.5 / self.confine**2
+            self.half = like.new_full((parts, 1, self.columns.shape[1]), self.scale)
+            self.both = like.new_empty(2, *self.columns.shape)  # squares beside ∇E: one sum finds what is no number
+            self.squares, self.g_columns = self.both
         shape = (network.dim,) if isinstance(network, EnergyMLP) else network.shape
         self.x, self.grad = (t.transpose(1, 2).unflatten(2, shape) for t in (self.columns, self.g_columns))
 
@@ -153,12 +155,12 @@ class Matrices:
                 layers.append((taps[places], m.bias.repeat_interleave(len(places) // len(m.bias))))
         self.dense.load(layers)
         if self.confine is not None and self.columns.device.type == "cpu":  # elsewhere one would wait for the norms
-            largest = torch.finfo(self.columns.dtype).max
-            r = math.sqrt(self.columns.shape[1]) * math.sqrt(largest)
+            kind = torch.finfo(self.columns.dtype)
+            r, self.lean = math.sqrt(self.columns.shape[1]) * math.sqrt(kind.max), True
             norms = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for layer in layers for t in layer])
-            for weight, bias in norms.view(-1, 2).tolist():  # for |Swish(z)| <= |z|: while ‖x‖² is a number,
-                r = weight * r + bias  # |E| without ‖x‖²/(2s²) is at most r
-            self.lean = r < largest / 2 and self.confine**2 >= 0.5  # not where a weight is no number
+            for weight, bias in norms.view(-1, 2).tolist():
+                r = weight * r + bias  # while every x² is a number, what the layer returns is at most r: |Swish(z)| <= |z|
+                self.lean &= r < kind.max * kind.eps / 4  # lost in rounding beside a ‖x‖²/(2s²) that nearly overflows
 
     def __call__(self) -> Tensor:
         e = self.dense.forward()
@@ -168,13 +170,13 @@ class Matrices:
         return e.flatten()
 
     def gradient(self, sums: Tensor) -> None:
-        """∇ₓE in `grad`, and for the energies ‖x‖², where that overflows no later than they do."""
+        """∇ₓE in `grad`; the sums are those of `tally`, but of the energies ‖x‖²/(2s²) alone, if the rest is lost in it."""
         if not self.lean:
             tally(sums, self(), self.grad)
             return
         self.dense.rise()
         self._fall()
-        torch.mul(self.columns, self.columns, out=self.squares)
+        torch.mul(self.columns, self.columns, out=self.squares).mul_(self.scale)
         torch.sum(self.both, (1, 2, 3), dtype=sums.dtype, out=sums)
 
     def _fall(self) -> None:
@@ -456,7 +458,7 @@ class Engine(Protocol):
         """Energies (n,) of `x`; leaves ∇ₓE in `grad`."""
 
     def gradient(self, sums: Tensor) -> None:
-        """∇ₓE in `grad`, the same bits; in `sums` (2,) what `tally` leaves there, or what overflows no later."""
+        """∇ₓE in `grad`, the same bits; in `sums` (2,) what `tally` leaves there, or what overflows where that does."""
 
 # %% ../nbs/toolkit/fast.ipynb #5d1d7fa4
 _LAYERS = {nn.Conv2d: "C", nn.SiLU: "S", nn.Flatten: "F", nn.Linear: "L"}

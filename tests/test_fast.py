@@ -47,8 +47,8 @@ def agree(kind: type[Any], network: Any, n: int, dtype: torch.dtype, device: tor
             engine.engine.gradient(sums)  # the step without energies: the same bits
         assert torch.equal(engine.engine.grad, first)
         confine = getattr(network, "confine", None)
-        lean = confine is not None and 2 * confine**2 >= 1 and device.type == "cpu"
-        left = engine.engine.x.square() if lean else e_first
+        lean = confine is not None and device.type == "cpu"
+        left = engine.engine.x.square() / (2 * confine**2) if lean else e_first
         scale = torch.stack([left.abs().sum(), first.abs().sum()])
         assert ((sums - torch.stack([left.sum(), first.sum()])).abs() <= rtol * scale).all()
 
@@ -273,10 +273,30 @@ def test_a_bad_number_in_any_block_is_reported_with_its_step(monkeypatch: pytest
     assert errors["auto"] == errors["off"] and re.match("the energy .* at step [1-9]", errors["auto"]), errors
 
 
+@pytest.mark.parametrize("eta", [35.0, 40.0, 100.0])
+def test_the_alarm_names_the_same_step_whoever_computes_and_whoever_watches(eta: float):
+    """Points that run away by a factor of 1.2 to 5 a step, slowly enough to tell an alarm that rings early."""
+    x, net = torch.randn(1024, 2, generator=generator()), EnergyMLP(2, 8, 2, generator=generator(1))
+    errors = set()
+    for mode, diagnostics in (("auto", False), ("auto", True), ("off", False)):
+        with pytest.raises(NonFiniteError) as found:
+            Langevin(eta, 600, temperature=0.0, accelerate=mode).run(net, x, diagnostics=diagnostics)
+        errors.add(str(found.value))
+    assert len(errors) == 1 and re.match("the energy .* at step [1-9]", errors.pop())
+
+
+def test_energies_that_are_numbers_set_off_no_alarm():
+    """All squares together would overflow; the energies, a two-millionth of them, do not."""
+    x, net = torch.full((1024, 2), 1e18), EnergyMLP(2, 8, 2, confine=1000.0)
+    ours, plain = (Langevin(1e-3, 4, temperature=0.0, accelerate=mode).sample(net, x) for mode in ("auto", "off"))
+    torch.testing.assert_close(ours, plain)
+
+
 def test_what_an_earlier_block_left_behind_is_not_watched(monkeypatch: pytest.MonkeyPatch):
     """The last move of one chain in the second block makes its square overflow; the third block is shorter."""
-    monkeypatch.setattr(Matrices, "block", 6)
+    monkeypatch.setattr(Matrices, "block", 6 // torch.get_num_threads())
     x, net = torch.zeros(16, 2), EnergyMLP(2, 8, 2, confine=1.0)
+    assert accelerate(net, x)[0].rows == 6, "no block is shorter than the others"
     x[11, 0] = 1e18  # seven times as large after each step
     ours, plain = (Langevin(8.0, 2, temperature=0.0, accelerate=mode).sample(net, x) for mode in ("auto", "off"))
     assert 1e19 < ours.abs().max() < math.inf
