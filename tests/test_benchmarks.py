@@ -83,8 +83,9 @@ print(json.dumps(speed.run_chains(case, ["ebm_lit", "textbook"], torch.device("c
         command = [sys.executable, "-c", code, key]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT / "benchmarks")
         found[key] = json.loads(done.stdout.splitlines()[-1])
+    from_system, kept = (statistics.median(faults["textbook"]) for faults in found.values())
     assert max(found["mlp_4096"]["textbook"]) > 5 * 256, "more than a block of 1 MB a step, if not in every repeat"
-    assert statistics.median(found["mlp_4096_kept"]["textbook"]) < 256
+    assert 4 * kept < from_system
     assert all(statistics.median(faults["ebm_lit"]) < 5 * 256 for faults in found.values())
 
 
