@@ -159,7 +159,7 @@ class Matrices:
             r, self.lean = math.sqrt(self.columns.shape[1]) * math.sqrt(kind.max), True
             norms = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for layer in layers for t in layer])
             for weight, bias in norms.view(-1, 2).tolist():
-                r = weight * r + bias  # while every x² is a number, what the layer returns is at most r: |Swish(z)| <= |z|
+                r = weight * r + bias  # bounds what the layer returns while every x² is a number: |Swish(z)| <= |z|
                 self.lean &= r < kind.max * kind.eps / 4  # lost in rounding beside a ‖x‖²/(2s²) that nearly overflows
 
     def __call__(self) -> Tensor:
@@ -170,7 +170,7 @@ class Matrices:
         return e.flatten()
 
     def gradient(self, sums: Tensor) -> None:
-        """∇ₓE in `grad`; the sums are those of `tally`, but of the energies ‖x‖²/(2s²) alone, if the rest is lost in it."""
+        """∇ₓE in `grad`; the sums are those of `tally`, but of the energies ‖x‖²/(2s²) alone where `lean`."""
         if not self.lean:
             tally(sums, self(), self.grad)
             return
