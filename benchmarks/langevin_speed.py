@@ -22,7 +22,6 @@ code brings a second OpenMP, everybody is slower in its company.
 
 import argparse
 import copy
-import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -37,7 +36,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,10 +55,6 @@ Z_LIMIT = 5.0  # |z| beyond it: another law; false alarms 6e-7 a comparison of m
 GRAD_TOLERANCE = 1e-5  # of our gradients and energies against float64, relative to the largest
 CHAIN_TOLERANCE = 1e-3  # of a whole chain without noise against the plain loop, in units of x
 MOVE_LIMIT = 2.0  # training: how far weights moved, against the textbook's, at most this factor either way
-
-resource: ModuleType | None = None
-with contextlib.suppress(ModuleNotFoundError):  # is not there on Windows
-    import resource
 
 Seconds = dict[str, list[float]]
 
@@ -148,8 +142,12 @@ def timed(action: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def page_faults() -> int:
-    """Pages of memory that the system has given this process so far; 0 where it does not tell."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource is not None else 0
+    """Pages of memory that the system has given this process so far; 0 on Windows, which does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def in_turns(names: list[str], repeats: int) -> Iterator[tuple[int, str]]:

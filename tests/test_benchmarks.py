@@ -69,8 +69,8 @@ WRONG = {
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is kept of freed memory is glibc's affair")
-def test_a_freed_block_saves_the_plain_loop_its_page_faults(tmp_path: Path) -> None:
-    """Twenty blocks of 2 MB a step from the system, or from what the process has kept; ours needs none either way."""
+def test_a_freed_block_saves_the_plain_loop_its_page_faults() -> None:
+    """Blocks of 2 MB in every step, from the system or from what the process has kept; ours needs none either way."""
     code = """
 import json, sys, torch, contenders, langevin_speed as speed
 from dataclasses import replace
@@ -86,7 +86,7 @@ print(json.dumps(speed.run_chains(case, ["ebm_lit", "textbook"], torch.device("c
     from_system, kept = (statistics.median(faults["textbook"]) for faults in found.values())
     assert max(found["mlp_4096"]["textbook"]) > 5 * 256, "more than a block of 1 MB a step, if not in every repeat"
     assert 4 * kept < from_system
-    assert all(statistics.median(faults["ebm_lit"]) < 5 * 256 for faults in found.values())
+    assert all(statistics.median(faults["ebm_lit"]) < 256 for faults in found.values())
 
 
 @pytest.mark.parametrize("kind", ["cnn", "mlp"])
