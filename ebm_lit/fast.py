@@ -552,18 +552,48 @@ class Accelerated:
 
 # %% ../nbs/toolkit/fast.ipynb #3c1d4576
 class Compiled:
-    """Any energy and its gradient through `torch.compile`; falls back to autograd when that fails, and says so."""
+    """Any energy and its gradient through `torch.compile`; falls back to autograd when that fails, and says so.
+
+    Different energies, shapes and samplers are compiled one by one; PyTorch gives up at the ninth, until somebody calls
+    `torch.compiler.reset()`. An energy with breaks in its graph (`print`, `.item()`) is not compiled at all.
+    """
 
     def __init__(self, network: Energy) -> None:
         def summed(x: Tensor) -> tuple[Tensor, Tensor]:
             e = network(x)
             return e.sum(), e
 
-        self.network, self.report = network, "compiled"
-        self.run = torch.compile(grad_and_value(summed, has_aux=True), dynamic=False)
+        def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+            grad, (_, e) = grad_and_value(summed, has_aux=True)(x)
+            return e, grad
+
+        self.network, self.report, self.sound = network, "compiled", False
+        self.steps: Any = None  # the last chain's function of several steps: whoever keeps the energy keeps it, too
+        self.gradient = getattr(network, "energy_and_grad", gradient)  # E (B,) and ∇ₓE (B, *shape), to be compiled
+        self.run = torch.compile(self.gradient, dynamic=False, fullgraph=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.network(x)
+
+    def attempt(
+        self,
+        function: Any,  # compiled
+        x: Tensor,  # (B, *shape), its first argument
+        *more: Tensor,
+    ) -> Any:  # what the function returns; None once the compiler has failed
+        """The function's result, or None: then autograd has to do it. The first call compiles."""
+        if not self.sound:
+            energy_and_grad(self.network, x)  # raises what is wrong with the energy; a compiler would not see it
+            self.sound = True
+        if self.report == "compiled":
+            try:
+                return function(x, *more)
+            except Exception as error:  # whatever a compiler may say
+                kind, said = type(error).__name__, str(error).splitlines()[0][:80]
+                if "RecompileLimit" in kind:
+                    said = "too many different ones; torch.compiler.reset() forgets them all"
+                self.report = f"autograd: torch.compile failed ({kind}: {said})"
+        return None
 
     @torch.no_grad()
     def energy_and_grad(
@@ -571,14 +601,8 @@ class Compiled:
         x: Tensor,  # (B, *shape)
     ) -> tuple[Tensor, Tensor]:  # E (B,) and ∇ₓE (B, *shape), both detached
         """Energies and gradients; the first call compiles."""
-        if self.report == "compiled":
-            try:
-                grad, (_, e) = self.run(x)
-                return e, grad
-            except Exception as error:  # whatever a compiler may say
-                why = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-                self.report = f"autograd: torch.compile failed ({why})"
-        return energy_and_grad(self.network, x)
+        found = self.attempt(self.run, x)
+        return energy_and_grad(self.network, x) if found is None else found
 
 # %% ../nbs/toolkit/fast.ipynb #ccfd7815
 Mode = Literal["auto", "compile", "off"]

@@ -260,6 +260,58 @@ def _check_chain(x_init: Tensor, generator: torch.Generator | None, ages: int | 
 def _same_device(a: torch.device, b: torch.device) -> bool:
     return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
 
+# %% ../nbs/02_langevin.ipynb #35b83f8f
+class _Several:
+    """k steps of a chain as one function through `torch.compile`."""
+
+    def __init__(self, sampler: "Langevin", energy: Compiled, k: int) -> None:
+        self.energy, self.sampler, self.k = energy, sampler, k
+        gradient, bounds = energy.gradient, sampler.bounds
+
+        def several(x: Tensor, omegas: Tensor, etas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            steps = []
+            for omega, eta in zip(omegas.unbind(), etas.unbind(), strict=True):
+                e, grad = gradient(x)
+                x = x - eta * sampler.clip(grad) + omega
+                x = x if bounds is None else x.clamp(*bounds)
+                steps.append((x, e, grad, torch.stack([_sum(e), _sum(grad)])))
+            xs, es, grads, sums = (torch.stack(parts) for parts in zip(*steps, strict=True))
+            return xs, es, grads, sums
+
+        self.run = torch.compile(several, dynamic=False, fullgraph=True)
+        self.found: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @staticmethod
+    def of(sampler: "Langevin", energy: Compiled, n_steps: int) -> "_Several":
+        """Those of the last chain, if they are the same."""
+        k = min(n_steps, 4)  # eight compile longer and are no faster
+        if energy.steps is None or (energy.steps.sampler, energy.steps.k) != (sampler, k):
+            energy.steps = _Several(sampler, energy, k)
+        return energy.steps
+
+    @property
+    def report(self) -> str:
+        compiled = self.energy.report == "compiled" and self.k > 1
+        return f"compiled, {self.k} steps at once" if compiled else self.energy.report
+
+    def advance(self, track: "_Track", first: int, last: int) -> int:
+        """Walk from step `first` of those drawn to the end of its call, or to `last`; returns how far that was."""
+        i = first % self.k
+        if i == 0:
+            call = slice(first, first + self.k)
+            self.found = self.energy.attempt(self.run, track.state, track.drawn[call], track.etas[call])
+        if self.found is None:
+            return first
+        reached = min(last, first - i + self.k)
+        xs, es, grads, sums = self.found
+        now = reached - first + i
+        track.state.copy_(xs[now - 1])
+        track.sums[0, first:reached] = sums[i:now]
+        if track.seen is not None:
+            track.seen = es[now - 1], grads[now - 1]
+        return reached
+
+
 # %% ../nbs/02_langevin.ipynb #6f96df99
 class _Blocks:
     """The chains of a track in an engine, a block of them at a time, in the engine's own layout."""
@@ -327,8 +379,13 @@ class _Track:
     ) -> None:
         self.sampler, self.energy, self.n_steps, self.generator = sampler, energy, n_steps, generator
         self.plain = type(sampler).step is Langevin.step  # a subclass may move in a way of its own
-        self.m = _steps_at_once(x, n_steps) if self.plain else 1
+        self.per_draw = self.m = _steps_at_once(x, n_steps) if self.plain else 1
+        self.several: _Several | None = None
+        if self.plain and isinstance(energy, Compiled) and n_steps > 0:
+            self.several = _Several.of(sampler, energy, n_steps)
+            self.m = max(self.several.k, self.m // self.several.k * self.several.k)
         self.state, self.eta = x.clone(memory_format=torch.contiguous_format), x.new_tensor(sampler.step_size)
+        self.etas = self.eta.repeat(self.m)
         self.blocks: _Blocks | None = None
         if self.plain and isinstance(energy, Accelerated) and energy.holds(x):
             self.blocks = _Blocks(self.state, energy.engine, energy.rows, self.m)
@@ -362,10 +419,12 @@ class _Track:
             steps = torch.arange(self.done, self.done + count, device=self.sigmas.device)[:, None]
             self.sigmas[:count] = self.sampler.sigma_at(self.ages + steps)
         if self.plain:
-            out = self.drawn[:count]
-            torch.randn(out.shape, generator=self.generator, dtype=out.dtype, device=out.device, out=out)
+            for out in self.drawn[:count].split(self.per_draw):
+                torch.randn(out.shape, generator=self.generator, dtype=out.dtype, device=out.device, out=out)
             if self.blocks is None:
-                out.mul_(_like_batch(self.sigma(slice(count)), out))
+                self.drawn[:count].mul_(_like_batch(self.sigma(slice(count)), self.drawn))
+            if self.several is not None:  # steps of a call that nobody asked for go nowhere
+                self.drawn[count:], self.etas[count:] = 0, 0
         self.done += count
         return count
 
@@ -379,6 +438,10 @@ class _Track:
             self.blocks.walk(self, first, last)
             return
         s = self.sampler
+        while self.several is not None and first < last:
+            if (reached := self.several.advance(self, first, last)) == first:
+                break
+            first = reached
         for i in range(first, last):
             e, grad = energy_and_grad(self.energy, self.state)
             tally(self.places[0][i], e, grad)
@@ -558,7 +621,8 @@ class Langevin:
                 alarm.read(first, track.sums[:, :count].sum(0))
             last = track.current()
             alarm.check(last)
-        engine = fast.report if isinstance(fast, Compiled) else engine
+        if isinstance(fast, Compiled):
+            engine = fast.report if track.several is None else track.several.report
         report = None if records is None else records.result()
         return Chain(last, n, self.implied_temperature, *film.result(), report, engine)
 

@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ebm_lit import EnergyCNN, EnergyMLP, Langevin, TrainConfig, energy_and_grad, fast, uniform_init
-from ebm_lit.fast import Accelerated, Convolutions, Learner, Matrices, Pixels, accelerate, choose_engine, choose_learner
+from ebm_lit.energy import EnergyShapeError
+from ebm_lit.fast import (
+    Accelerated,
+    Compiled,
+    Convolutions,
+    Learner,
+    Matrices,
+    Pixels,
+    accelerate,
+    choose_engine,
+    choose_learner,
+)
 from ebm_lit.langevin import NonFiniteError
 from ebm_lit.training import draw_negatives, init_state, train_step
 
@@ -488,20 +499,115 @@ def wells(x: Tensor) -> Tensor:
     return (x.square() - 1).square().sum(1)
 
 
-def test_compiled_energies_walk_the_same_way(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as for the real compiler, but run as it is: compiling takes longer than all of this file."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    x = torch.linspace(-2, 2, 32, dtype=torch.float64)[:, None]
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("n_steps", [1, 3, 4, 11])
+@pytest.mark.parametrize("n", [5, 32])  # PyTorch draws 5 numbers at a time in another way than 16
+@pytest.mark.parametrize(
+    "settings", [{}, {"grad_clip": 0.3, "bounds": (-1, 1)}, {"noise_start": 0.5, "anneal_steps": 7}], ids=str
+)
+def test_compiled_steps_are_the_plain_ones(settings: dict[str, Any], n: int, n_steps: int):
+    x = torch.linspace(-2, 2, n, dtype=torch.float64)[:, None]
+    off, on = (Langevin(0.01, n_steps, accelerate=mode, **settings) for mode in ("off", "compile"))
     for energy in (wells, network_of((1,))):
-        samplers = [Langevin(0.01, 5, accelerate=mode) for mode in ("off", "compile")]
-        plain, ours = (sampler.run(energy, x, generator=generator()) for sampler in samplers)
-        assert ours.engine == "compiled"
-        torch.testing.assert_close(ours.x, plain.x, rtol=0, atol=1e-12)
+        plain, watched = (
+            s.run(energy, x, generator=generator(), trajectory=n_steps + 1, diagnostics=True) for s in (off, on)
+        )
+        last = on.run(energy, x, generator=generator())
+        said = "compiled" if n_steps == 1 else f"compiled, {min(n_steps, 4)} steps at once"
+        assert last.engine == watched.engine == said
+        near = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+        near(watched.trajectory, plain.trajectory)
+        near(last.x, plain.x)
+        for a, b in zip(watched.diagnostics or (), plain.diagnostics or (), strict=True):
+            near(a, b)
+
+
+@pytest.mark.usefixtures("traced")
+def test_compiled_chains_name_the_same_bad_step_and_no_spare_one():
+    """Newton's method of a quartic runs away after a few steps; the steps that fill a call up do not count."""
+    x = torch.full((16, 1), 3.0)
+
+    def outcome(n_steps: int, mode: Any) -> str:
+        try:
+            return str(Langevin(0.5, n_steps, temperature=0.0, accelerate=mode).run(wells, x).x[0].item())
+        except FloatingPointError as error:
+            return str(error)
+
+    found = [(outcome(n, "off"), outcome(n, "compile")) for n in range(1, 12)]
+    assert all(plain == ours for plain, ours in found)
+    assert 0 < sum("infinite at step" in plain for plain, _ in found) < 11
+    blown = [n for n, (plain, _) in enumerate(found, start=1) if "infinite" not in plain]
+    assert blown[-1] % 4  # its call has spare steps
+
+
+@pytest.mark.usefixtures("traced")
+def test_whoever_keeps_a_compiled_energy_keeps_its_steps():
+    x = torch.linspace(-1, 1, 16)[:, None]
+    walk_on, _ = accelerate(wells, x, "compile")
+    assert isinstance(walk_on, Compiled)
+    sampler = Langevin(0.01, 6, accelerate="compile")
+    first = sampler.sample(walk_on, x, generator=generator())
+    steps = walk_on.steps
+    assert torch.equal(Langevin(0.01, 6, accelerate="compile").sample(walk_on, x, generator=generator()), first)
+    assert walk_on.steps is steps
+    hot = Langevin(0.02, 6, accelerate="compile")
+    assert torch.equal(hot.sample(walk_on, x, generator=generator()), hot.sample(wells, x, generator=generator()))
+    assert walk_on.steps is not steps
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_compiled_energy_keeps_its_own_gradient():
+    class Bent:
+        """A gradient that autograd would not find."""
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x.square().sum(1)
+
+        def energy_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self(x), 3 * x
+
+    x, n = torch.ones(16, 1), 5
+    for mode in ("off", "compile"):
+        chain = Langevin(0.1, n, temperature=0.0, accelerate=mode).run(Bent(), x)  # type: ignore[arg-type]
+        torch.testing.assert_close(chain.x, 0.7**n * x)
+
+
+@pytest.mark.usefixtures("traced")
+def test_what_is_wrong_with_an_energy_is_said_before_it_is_compiled():
+    x, sampler = torch.ones(16, 2), Langevin(0.1, 5, accelerate="compile")
+    with pytest.raises(EnergyShapeError, match=r"^energy returned \(16, 1\)"):
+        sampler.run(lambda x: x.sum(1, keepdim=True), x)
+    with pytest.raises(ValueError, match=r"^the energy is cut off from x"):
+        sampler.run(lambda x: x.detach().sum(1), x)
+
+
+@pytest.mark.usefixtures("traced")
+def test_breaks_in_the_graph_and_too_many_variants_are_reported():
+    def curious(x: Tensor) -> Tensor:
+        return x.square().sum(1) if x.sum().item() > 0 else x.sum(1)
+
+    x = torch.ones(16, 1)
+    chain = Langevin(0.1, 5, accelerate="compile").run(curious, x, generator=generator())
+    assert chain.engine.startswith("autograd: torch.compile failed (")
+    assert torch.equal(chain.x, Langevin(0.1, 5).sample(curious, x, generator=generator()))
+    said = [Langevin(0.1, 5, grad_clip=1.0 + k, accelerate="compile").run(wells, x).engine for k in range(10)]
+    assert said[0] == "compiled, 4 steps at once"
+    if said[-1] != said[0]:  # PyTorch's limit is a setting
+        assert said[-1].endswith("too many different ones; torch.compiler.reset() forgets them all)")
+    torch.compiler.reset()
+    assert Langevin(0.1, 5, accelerate="compile").run(wells, x).engine == said[0]
 
 
 def test_a_compiler_that_fails_is_reported_and_done_without(monkeypatch: pytest.MonkeyPatch):
     def broken(*_: Any, **__: Any) -> Any:
-        def call(x: Tensor) -> Tensor:
+        def call(*_: Tensor) -> Tensor:
             raise RuntimeError("no C++ compiler")
 
         return call
@@ -520,7 +626,7 @@ def test_the_real_compiler():
         Langevin(0.01, 50, accelerate=mode).run(EnergyMLP(generator=generator()), x, generator=generator(1))
         for mode in ("off", "compile")
     )
-    assert ours.engine == "compiled" or ours.engine.startswith("autograd: torch.compile failed")
+    assert ours.engine == "compiled, 4 steps at once" or ours.engine.startswith("autograd: torch.compile failed")
     torch.testing.assert_close(ours.x, plain.x, rtol=0, atol=1e-5)
 
 
