@@ -515,6 +515,7 @@ class Accelerated:
 
     def __init__(self, network: EnergyCNN | EnergyMLP, kind: type[Engine], x: Tensor, dtype: torch.dtype | None):
         self.network, self.report, self.like = network, kind.name, (x.shape, x.dtype, x.device)
+        self.track: Any = None  # the last chain's memory and CUDA graph: whoever keeps the energy keeps them, too
         cpu = x.device.type == "cpu"
         cores = torch.get_num_threads() if cpu else 1
         self.rows = math.ceil(len(x) / math.ceil(len(x) / (kind.block * cores))) if cpu else len(x)

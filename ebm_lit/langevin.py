@@ -373,31 +373,38 @@ class _Track:
         energy: Energy,
         x: Tensor,
         n_steps: int,
-        ages: int | Tensor = 0,
-        generator: torch.Generator | None = None,
         watched: bool = False,  # keep each step's energies and gradients in `seen`
+        kept: bool = False,  # for further chains, with its graph
     ) -> None:
-        self.sampler, self.energy, self.n_steps, self.generator = sampler, energy, n_steps, generator
+        self.sampler, self.n_steps, self.kept = sampler, n_steps, kept
         self.plain = type(sampler).step is Langevin.step  # a subclass may move in a way of its own
-        self.per_draw = self.m = _steps_at_once(x, n_steps) if self.plain else 1
+        self.per_draw = self.m = _steps_at_once(x, n_steps, kept) if self.plain else 1
         self.several: _Several | None = None
         if self.plain and isinstance(energy, Compiled) and n_steps > 0:
             self.several = _Several.of(sampler, energy, n_steps)
             self.m = max(self.several.k, self.m // self.several.k * self.several.k)
-        self.state, self.eta = x.clone(memory_format=torch.contiguous_format), x.new_tensor(sampler.step_size)
+        self.state = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.eta = x.new_tensor(sampler.step_size)
         self.etas = self.eta.repeat(self.m)
         self.blocks: _Blocks | None = None
         if self.plain and isinstance(energy, Accelerated) and energy.holds(x):
             self.blocks = _Blocks(self.state, energy.engine, energy.rows, self.m)
+        self.energy = energy if self.blocks is None else None  # an energy that keeps this track is not kept by it
         self.spare = torch.empty_like(self.state if self.blocks is None else self.state[:0])
         self.seen = (x.new_empty(len(x)), torch.empty_like(self.state)) if watched else None
         n_blocks = 1 if self.blocks is None else len(self.blocks.blocks)
         self.sums = x.new_zeros(n_blocks, self.m, 2, dtype=torch.promote_types(x.dtype, torch.float32))
         self.places = [of_block.unbind() for of_block in self.sums]
         self.drawn = x.new_zeros(self.m, *x.shape)  # noise; of unit variance where it goes into an engine
-        self.ages, self.sigmas = ages, x.new_zeros(self.m, len(x)) if sampler.anneal_steps else None
-        self.done = 0  # steps whose noise was drawn; all are made before the next are drawn
+        self.sigmas = x.new_zeros(self.m, len(x)) if sampler.anneal_steps else None
         self.replay: Callable[[], None] | None = None  # m steps as one CUDA graph
+        self.report = ""  # what became of it
+
+    def begin(self, x: Tensor, ages: int | Tensor = 0, generator: torch.Generator | None = None) -> None:
+        """A new chain from x."""
+        self.ages, self.generator = ages, generator
+        self.done = 0  # steps whose noise was drawn; all are made before the next are drawn
+        self.put(x)
 
     def current(self) -> Tensor:
         """(B, *shape), where the chains are; the track's own memory."""
@@ -443,6 +450,7 @@ class _Track:
                 break
             first = reached
         for i in range(first, last):
+            assert self.energy is not None, "the block's engine has walked"
             e, grad = energy_and_grad(self.energy, self.state)
             tally(self.places[0][i], e, grad)
             if self.seen is not None:
@@ -452,6 +460,11 @@ class _Track:
             else:
                 own = () if self.sigmas is None else (self.sigmas[i],)
                 self.state.copy_(s.step(self.state, grad, self.generator, *own))
+
+
+def _takes_graphs(x: Tensor) -> bool:
+    """Does this device record what it is told, to do it again?"""
+    return x.is_cuda
 
 
 def _like_batch(sigma: float | Tensor, noise: Tensor) -> float | Tensor:
@@ -466,33 +479,50 @@ def _move(s: "Langevin", x: Tensor, grad: Tensor, eta: Tensor, omega: Tensor, sp
         x.clamp_(*s.bounds)
 
 
-def _steps_at_once(x: Tensor, n_steps: int) -> int:
+def _steps_at_once(x: Tensor, n_steps: int, kept: bool) -> int:
     """How many steps' noise is drawn in one call; on a CPU no choice changes the numbers."""
-    if x.is_cuda:
-        return max(1, min(n_steps, 20, 2**27 // x.numel()))
+    if _takes_graphs(x):  # recording costs as much as walking, which pays for a whole chain only if there are more
+        return max(1, min(n_steps, 250 if kept else 20, 2**27 // x.numel()))
     return 1 if x.numel() % 16 else max(1, min(n_steps, 2**18 // x.numel()))  # PyTorch draws in groups of 16
 
 # %% ../nbs/02_langevin.ipynb #85e05d30
-def _record(track: _Track) -> str:
-    """Record the m steps as one CUDA graph in `track.replay`; says what became of it. No chain moves."""
-    start = track.state.clone()
+def _capture(walk: Callable[[int, int], None], m: int, device: torch.device) -> Callable[[], None]:
+    """The steps 0, …, m − 1 as one CUDA graph; returns what replays it."""
+    here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        walk(0, min(2, m))  # libraries choose their kernels before the recording
+    here.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        walk(0, m)
+    return graph.replay
+
+
+def _record(track: _Track, start: Tensor) -> None:
+    """Record the m steps as one CUDA graph in `track.replay`; `track.report` says what became of it."""
     assert track.blocks is None or len(track.blocks.blocks) == 1, "a graph of several blocks would mix them up"
+    m = track.m
     try:
-        track.put(start)
-        here, side = torch.cuda.current_stream(start.device), torch.cuda.Stream(start.device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            track.walk(0, min(2, track.m))  # libraries choose their kernels before the recording
-        here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            track.walk(0, track.m)
-        track.replay = graph.replay
-        return f" in CUDA graphs of {track.m} steps"
+        track.begin(start)
+        track.replay = _capture(track.walk, m, start.device)
+        track.report = f" in one CUDA graph of {m} steps" if m == track.n_steps else f" in CUDA graphs of {m} steps"
     except RuntimeError as error:
-        return f", step by step: no CUDA graph ({str(error).splitlines()[0]})"
-    finally:
-        track.put(start)
+        track.report = f", step by step: no CUDA graph ({str(error).splitlines()[0]})"
+
+
+def _track_for(sampler: "Langevin", fast: Energy, start: Tensor, n_steps: int, watched: bool, kept: bool) -> _Track:
+    """Memory for a chain, with its CUDA graph where there is one; that of the last chain if the energy kept it."""
+    plain = type(sampler).step is Langevin.step
+    if not (_takes_graphs(start) and isinstance(fast, Accelerated) and plain and not watched and n_steps > 0):
+        return _Track(sampler, fast, start, n_steps, watched)
+    track = fast.track if kept else None
+    if track is None or (track.sampler, track.n_steps) != (sampler, n_steps):
+        track = _Track(sampler, fast, start, n_steps, kept=kept)
+        _record(track, start)
+        if kept:
+            fast.track = track
+    return track
 
 # %% ../nbs/02_langevin.ipynb #cdc6ff5c
 @dataclass(frozen=True)
@@ -602,9 +632,8 @@ class Langevin:
             alarm, film = _Alarm(start, n), _Film(start, n, trajectory)
             records = _Records(self, start, n) if diagnostics else None
             fast, engine = accelerate(energy, start, self.accelerate, self.gradient_dtype)
-            track = _Track(self, fast, start, n, ages, generator, watched=trajectory > 0 or diagnostics)
-            if start.is_cuda and isinstance(fast, Accelerated) and track.plain and track.seen is None:
-                engine += _record(track)
+            track = _track_for(self, fast, start, n, watched=trajectory > 0 or diagnostics, kept=fast is energy)
+            track.begin(start, ages, generator)
             while (first := track.done) < n:
                 count = track.draw()
                 if track.replay is not None and count == track.m:
@@ -619,8 +648,9 @@ class Langevin:
                         if records is not None:
                             records.add(first + i, *track.seen, x, track.sigma(i))
                 alarm.read(first, track.sums[:, :count].sum(0))
-            last = track.current()
+            last = track.current().clone() if track.kept else track.current()
             alarm.check(last)
+        engine += track.report
         if isinstance(fast, Compiled):
             engine = fast.report if track.several is None else track.several.report
         report = None if records is None else records.result()

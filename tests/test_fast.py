@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ebm_lit import EnergyCNN, EnergyMLP, Langevin, TrainConfig, energy_and_grad, fast, uniform_init
+from ebm_lit import EnergyCNN, EnergyMLP, Langevin, TrainConfig, energy_and_grad, fast, langevin, uniform_init
 from ebm_lit.energy import EnergyShapeError
 from ebm_lit.fast import (
     Accelerated,
@@ -507,8 +507,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("n_steps", [1, 3, 4, 11])
-@pytest.mark.parametrize("n", [5, 32])  # PyTorch draws 5 numbers at a time in another way than 16
+@pytest.mark.parametrize(("n", "n_steps"), [(5, 11), (32, 1), (32, 3), (32, 11)])  # 5 numbers are drawn by themselves
 @pytest.mark.parametrize(
     "settings", [{}, {"grad_clip": 0.3, "bounds": (-1, 1)}, {"noise_start": 0.5, "anneal_steps": 7}], ids=str
 )
@@ -531,7 +530,7 @@ def test_compiled_steps_are_the_plain_ones(settings: dict[str, Any], n: int, n_s
 
 @pytest.mark.usefixtures("traced")
 def test_compiled_chains_name_the_same_bad_step_and_no_spare_one():
-    """Newton's method of a quartic runs away after a few steps; the steps that fill a call up do not count."""
+    """Descent of a quartic with too large a step runs away; the steps that only fill a call up do not count."""
     x = torch.full((16, 1), 3.0)
 
     def outcome(n_steps: int, mode: Any) -> str:
@@ -650,6 +649,107 @@ def test_mistakes_are_one_line():
         Langevin(1.0, gradient_dtype=torch.int32)
 
 
+# Graphs that are kept, on a machine that has none: what a replay would do again is done again
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps each recording had; like a real one it moves no chain."""
+    lengths: list[int] = []
+
+    def capture(walk: Callable[[int, int], None], m: int, device: torch.device) -> Callable[[], None]:
+        walk(0, min(2, m))
+        lengths.append(m)
+        return functools.partial(walk, 0, m)
+
+    monkeypatch.setattr(langevin, "_takes_graphs", lambda x: True)
+    monkeypatch.setattr(langevin, "_capture", capture)
+    return lengths
+
+
+def walked(sampler: Langevin, energy: Any, x: Tensor, seed: int, ages: int = 0) -> Tensor:
+    return sampler.sample(energy, x, generator=generator(seed), ages=ages)
+
+
+@pytest.mark.parametrize("hot", [{}, {"noise_start": 0.2, "anneal_steps": 50}], ids=["", "annealed"])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 8, 8), (2,)], ids=str)
+def test_whoever_keeps_an_energy_keeps_the_whole_chain_as_one_graph(
+    shape: tuple[int, ...], hot: dict[str, Any], recorded: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    net = network_of(shape)
+    starts = [torch.rand(16, *shape, generator=generator(s), dtype=torch.float64) * 2 - 1 for s in (3, 4)]
+    sampler = Langevin(0.02, 30, noise_scale=0.05, bounds=(-1, 1), **hot)
+    off = Langevin(**{**vars(sampler), "accelerate": "off"})
+    walk_on, _ = accelerate(net, starts[0])
+    near = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-11)
+    first = sampler.run(walk_on, starts[0], generator=generator(1))
+    assert first.engine.endswith(" in one CUDA graph of 30 steps") and recorded == [30]
+    kept = first.x.clone()
+    near(first.x, walked(off, net, starts[0], 1))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.1)
+    near(walked(sampler, walk_on, starts[1], 2, ages=20), walked(off, net, starts[1], 2, ages=20))
+    assert recorded == [30] and torch.equal(first.x, kept)  # recorded once, and the first chain's states are its own
+    near(sampler.run(walk_on, starts[0], generator=generator(1), trajectory=3).x, walked(off, net, starts[0], 1))
+    near(walked(sampler, walk_on, starts[1], 5), walked(off, net, starts[1], 5))
+    assert recorded == [30]
+    other = Langevin(**{**vars(sampler), "bounds": (-0.9, 0.9)})
+    near(
+        walked(other, walk_on, starts[0], 1),
+        walked(Langevin(**{**vars(off), "bounds": (-0.9, 0.9)}), net, starts[0], 1),
+    )
+    assert recorded == [30, 30]
+    assert sampler.run(walk_on, starts[0], 0).engine == walk_on.report and recorded == [30, 30]  # type: ignore[attr-defined]
+
+
+def test_graphs_of_long_and_of_single_chains(recorded: list[int]):
+    net, x = network_of((2,)), torch.ones(16, 2, dtype=torch.float64)
+    walk_on, _ = accelerate(net, x)
+    sampler, off = (Langevin(0.01, 260, accelerate=mode) for mode in ("auto", "off"))
+    long = sampler.run(walk_on, x, generator=generator())
+    assert long.engine.endswith(" in CUDA graphs of 250 steps") and recorded == [250]
+    torch.testing.assert_close(long.x, walked(off, net, x, 0), rtol=0, atol=1e-10)
+    for _ in range(2):  # nobody keeps anything: recording 20 steps pays at once
+        single = sampler.run(net, x, generator=generator())
+        assert single.engine.endswith(" in CUDA graphs of 20 steps")
+        torch.testing.assert_close(single.x, long.x, rtol=0, atol=1e-10)
+    assert recorded == [250, 20, 20]
+
+
+def test_a_kept_graph_survives_a_chain_that_ran_away_and_lets_go_of_its_memory(recorded: list[int]):
+    net, x = network_of((2,)), torch.ones(16, 2, dtype=torch.float64)
+    walk_on, _ = accelerate(net, x)
+    sampler = Langevin(0.01, 30)
+    good = walked(sampler, walk_on, x, 1)
+    with pytest.raises(NonFiniteError, match="x_init"):
+        sampler.run(walk_on, x * math.nan)
+    assert torch.equal(walked(sampler, walk_on, x, 1), good) and recorded == [30]
+    gone = weakref.ref(walk_on)
+    gc.disable()
+    try:
+        del walk_on
+        assert gone() is None  # no cycle: what a GPU lends comes back at once
+    finally:
+        gc.enable()
+
+
+def test_a_recording_that_fails_is_reported_and_not_tried_again(recorded: list[int], monkeypatch: pytest.MonkeyPatch):
+    def capture(walk: Callable[[int, int], None], m: int, device: torch.device) -> Callable[[], None]:
+        walk(0, 1)
+        recorded.append(m)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(langevin, "_capture", capture)
+    net, x = network_of((2,)), torch.ones(16, 2, dtype=torch.float64)
+    walk_on, _ = accelerate(net, x)
+    for _ in range(2):
+        chain = Langevin(0.01, 30).run(walk_on, x, generator=generator())
+        reason = "no CUDA graph (operation not permitted when stream is capturing)"
+        assert chain.engine == f"matrices, step by step: {reason}" and recorded == [30]
+        torch.testing.assert_close(chain.x, walked(Langevin(0.01, 30, accelerate="off"), net, x, 0), rtol=0, atol=1e-11)
+
+
 # Where there is a GPU
 
 
@@ -667,6 +767,16 @@ def test_chains_in_cuda_graphs(shape: tuple[int, ...], anneal_steps: int, make_g
     torch.testing.assert_close(ours.x, plain.x, rtol=0, atol=1e-4)
     again = sampler.run(net, x, generator=make_generator(1, "cuda"))
     assert torch.equal(ours.x, again.x)
+    walk_on, _ = accelerate(net, x)
+    for _ in range(2):  # kept: recorded once, as a whole; all noise is drawn in one call, so the numbers are others
+        whole = sampler.run(walk_on, x, generator=make_generator(1, "cuda"))
+        assert "one CUDA graph of 47 steps" in whole.engine
+        noise = torch.randn(47, *x.shape, generator=make_generator(1, "cuda"), device="cuda")
+        state = x
+        for k, omega in enumerate(noise):
+            sigma = sampler.sigma_at(torch.tensor(k)).item()
+            state = langevin.langevin_step(state, energy_and_grad(net, state)[1], 0.02, sigma, omega).clamp(-1, 1)
+        torch.testing.assert_close(whole.x, state, rtol=0, atol=1e-4)
     watched = sampler.run(net, x, generator=make_generator(1, "cuda"), trajectory=5, diagnostics=True)
     torch.testing.assert_close(ours.x, watched.x, rtol=0, atol=1e-5)  # the same noise; perhaps other kernels
     half = Langevin(**{**vars(sampler), "gradient_dtype": torch.bfloat16}).run(
