@@ -15,7 +15,8 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 
-from ebm_lit import EnergyCNN, EnergyMLP, Langevin, TrainConfig, uniform_init
+from ebm_lit import EnergyCNN, EnergyMLP, Langevin, TrainConfig, toy, uniform_init
+from ebm_lit.boltzmann import double_well
 from ebm_lit.fast import accelerate
 from ebm_lit.training import init_state, learning_rate, train_step
 
@@ -23,12 +24,30 @@ OURS, COMPILED, TEXTBOOK = "ebm_lit", "ebm_lit, compiled", "textbook"
 PEERS = {"torchebm": "0.8.9", "ebmkit": "0.16"}  # distribution -> the version that was read
 
 
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "double_well": double_well,
+    "mixture": toy("mixture").energy,
+    "rings": toy("rings").energy,
+}
+
+
+class Formula(nn.Module):
+    """An energy that is no network of ours: nothing is known about it, and autograd has to do."""
+
+    def __init__(self, energy: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.energy = energy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.energy(x)
+
+
 @dataclass(frozen=True)
 class ChainCase:
     """Chains of one length on one network."""
 
     title: str
-    kind: str  # "cnn" or "mlp"
+    kind: str  # "cnn", "mlp" or a name of `FORMULAS`
     batch: int  # chains
     n_steps: int
     step_size: float  # η
@@ -39,7 +58,9 @@ class ChainCase:
     freed: int = 0  # bytes of a block that the process has freed before
 
     def network(self, device: torch.device) -> nn.Module:
-        """The book's network with its last layer scaled, so that drift and noise of a step are alike."""
+        """The book's network with its last layer scaled, so that drift and noise of a step are alike, or a formula."""
+        if self.kind in FORMULAS:
+            return Formula(FORMULAS[self.kind])
         g = torch.Generator().manual_seed(0)
         net = EnergyCNN((1, 28, 28), generator=g) if self.kind == "cnn" else EnergyMLP(generator=g)
         with torch.no_grad():
@@ -58,9 +79,12 @@ Chain = Callable[[Tensor], Tensor]
 
 
 def chain_ours(net: nn.Module, case: ChainCase, device: torch.device) -> Chain:
+    """As it comes; on a GPU as in training, where whoever keeps the accelerated network keeps the recorded chain."""
     sampler = Langevin(case.step_size, case.n_steps, noise_scale=case.noise_scale, bounds=case.bounds)
-    g = torch.Generator(device).manual_seed(1)
-    return lambda x0: sampler.sample(net, x0, generator=g)
+    g, walk_on = torch.Generator(device).manual_seed(1), net
+    if device.type == "cuda":
+        walk_on = accelerate(net, case.starts(0, device))[0]
+    return lambda x0: sampler.sample(walk_on, x0, generator=g)
 
 
 class NotCompiled(RuntimeError):
@@ -68,7 +92,7 @@ class NotCompiled(RuntimeError):
 
 
 def chain_compiled(net: nn.Module, case: ChainCase, device: torch.device) -> Chain:
-    """Ours with the energy and its gradient through `torch.compile`; the first call compiles."""
+    """Ours with several steps as one function through `torch.compile`; the first call compiles."""
     sampler = Langevin(
         case.step_size, case.n_steps, noise_scale=case.noise_scale, bounds=case.bounds, accelerate="compile"
     )
@@ -78,7 +102,7 @@ def chain_compiled(net: nn.Module, case: ChainCase, device: torch.device) -> Cha
 
     def chain(x0: Tensor) -> Tensor:
         found = sampler.run(walk_on, x0, generator=g)
-        if found.engine != "compiled":
+        if not found.engine.startswith("compiled"):
             raise NotCompiled(found.engine)
         return found.x
 

@@ -1,7 +1,7 @@
 """Speed of Langevin chains and of training: this library, a plain loop, torchebm and ebmkit, on the same function.
 
     pip install -e '.[bench]'                              the two other libraries; without them they are left out
-    python benchmarks/langevin_speed.py                    everything, five to ten minutes on two cores
+    python benchmarks/langevin_speed.py                    everything, ten minutes on two cores
     python benchmarks/langevin_speed.py --store            and write benchmarks/results/langevin_speed_cpu.json
     python benchmarks/langevin_speed.py --device cuda      the same on a GPU (langevin_speed_cuda.json)
     python benchmarks/langevin_speed.py --only cnn_128     some of the cases, by their names
@@ -102,6 +102,18 @@ CHAIN_CASES = {
     "mlp_256": _mlp(256, 200),
     "mlp_4096": _mlp(4096, 30),
     "mlp_4096_kept": replace(_mlp(4096, 30), title="the same, a large block freed before", freed=2**24),
+}
+
+
+def _formula(kind: str, title: str, batch: int) -> ChainCase:
+    return ChainCase(f"{title}, {batch} chains", kind, batch, 200, 0.01, math.sqrt(0.02), None, 2.0)  # T = 1
+
+
+# Energies that we have no gradient for: autograd or the compiler
+FORMULA_CASES = {
+    "double_well": _formula("double_well", "double_well", 1000),
+    "mixture": _formula("mixture", 'toy("mixture")', 1000),
+    "rings": _formula("rings", 'toy("rings")', 10_000),
 }
 TRAIN_CASES = {
     "train_60": TrainCase("training, K = 60, batch 128", _K60, n_updates=1),
@@ -392,7 +404,7 @@ def in_child(flags: list[str], device: torch.device) -> Any:
 
 def case_child(key: str, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     """One case among all contenders that are present, or ours through the compiler; and what is wrong."""
-    chains, trainings = (SMOKE_CHAINS, SMOKE_TRAIN) if args.smoke else (CHAIN_CASES, TRAIN_CASES)
+    chains, trainings = (SMOKE_CHAINS, SMOKE_TRAIN) if args.smoke else (CHAIN_CASES | FORMULA_CASES, TRAIN_CASES)
     case = chains[key] if key in chains else trainings[key]
     case = replace(case, repeats=args.repeats or case.repeats)
     names = contenders()[0]
@@ -483,7 +495,7 @@ def table(cases: dict[str, Any]) -> str:
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [*CHAIN_CASES, *TRAIN_CASES, "memory"]
+    known = [*CHAIN_CASES, *TRAIN_CASES, *FORMULA_CASES, "memory"]
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: one for each core")
     parser.add_argument("--repeats", type=int, help="interleaved repeats; default: 10")
@@ -530,13 +542,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
     if "memory" in args.only:
         lengths, rounds = ((10, 300), 1) if args.smoke else (MEMORY_STEPS, MEMORY_ROUNDS)
         memory = run_memory(names[:1] if args.smoke else names, device, lengths, rounds)
+    formulas: dict[str, Any] = {key: {"title": FORMULA_CASES[key].title} for key in FORMULA_CASES if key in args.only}
     if not args.smoke:  # compiling takes longer than all of a smoke run
-        for key in [key for key, case in CHAIN_CASES.items() if key in cases and not case.freed]:
+        networks = [key for key, case in CHAIN_CASES.items() if key in cases and not case.freed]
+        for key, case in [(key, cases[key]) for key in networks] + list(formulas.items()):
             found, bad = in_child(["--case-child", key, "--compiled", *flags], device)
-            cases[key]["compiled"] = found
+            case["compiled"] = found
             wrong += bad
             said = f"{found['ratio']['median']:.2f} times ours" if "ratio" in found else found["gave_up"]
-            print(f"{cases[key]['title']}, compiled: {said}", flush=True)
+            print(f"{case['title']}, compiled: {said}", flush=True)
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine(device),
@@ -548,6 +562,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, A
         "limits": {"z": Z_LIMIT, "gradient": GRAD_TOLERANCE, "chain_without_noise": CHAIN_TOLERANCE},
         "matrix_product": {"peak_flops": peak, "by_size": gemm},
         "cases": cases,
+        "formulas": {} if args.smoke else formulas,
         "memory": memory,
     }
     return report, wrong

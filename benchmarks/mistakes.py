@@ -260,9 +260,57 @@ MISTAKES = (
     Mistake(
         "the chain moves the caller's tensor",
         "langevin",
-        "self.state, self.eta = x.clone(memory_format=torch.contiguous_format), ",
-        "self.state, self.eta = x.contiguous(), ",
+        """        self.done = 0  # steps whose noise was drawn; all are made before the next are drawn
+        self.put(x)
+""",
+        """        self.done = 0
+        self.state = x
+        self.put(x)
+""",
         (LANGEVIN, TRAINING),
+    ),
+    Mistake(
+        "a compiled chain ends with a spare step",
+        "langevin",
+        "track.state.copy_(xs[now - 1])",
+        "track.state.copy_(xs[-1])",
+        (FAST,),
+    ),
+    Mistake(
+        "compiled steps are not clipped",
+        "langevin",
+        "x = x - eta * sampler.clip(grad) + omega",
+        "x = x - eta * grad + omega",
+        (FAST,),
+    ),
+    Mistake(
+        "a compiled energy is not asked for its errors",
+        "fast",
+        "            energy_and_grad(self.network, x)  # raises what a compiler would not see\n",
+        "",
+        (FAST,),
+    ),
+    Mistake(
+        "the next chain moves the states of the last one",
+        "langevin",
+        "last = track.current().clone() if track.kept else track.current()",
+        "last = track.current()",
+        (FAST,),
+    ),
+    Mistake(
+        "a recorded chain serves every sampler",
+        "langevin",
+        "(track.sampler, track.n_steps) != (sampler, n_steps)",
+        "track.n_steps != n_steps",
+        (FAST,),
+    ),
+    Mistake(
+        "a recorded chain goes on where the last one ended",
+        "langevin",
+        "            track.begin(start, ages, generator)\n",
+        '            if not hasattr(track, "done"):\n                track.begin(start)\n'
+        "            track.done, track.ages, track.generator = 0, ages, generator\n",
+        (FAST,),
     ),
     Mistake(
         "negatives not detached",

@@ -584,7 +584,7 @@ class Compiled:
     ) -> Any:  # what the function returns; None once the compiler has failed
         """The function's result, or None: then autograd has to do it. The first call compiles."""
         if not self.sound:
-            energy_and_grad(self.network, x)  # raises what is wrong with the energy; a compiler would not see it
+            energy_and_grad(self.network, x)  # raises what a compiler would not see
             self.sound = True
         if self.report == "compiled":
             try:

@@ -268,9 +268,9 @@ class _Several:
         self.energy, self.sampler, self.k = energy, sampler, k
         gradient, bounds = energy.gradient, sampler.bounds
 
-        def several(x: Tensor, omegas: Tensor, etas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def several(x: Tensor, omegas: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             steps = []
-            for omega, eta in zip(omegas.unbind(), etas.unbind(), strict=True):
+            for omega in omegas.unbind():
                 e, grad = gradient(x)
                 x = x - eta * sampler.clip(grad) + omega
                 x = x if bounds is None else x.clamp(*bounds)
@@ -299,7 +299,7 @@ class _Several:
         i = first % self.k
         if i == 0:
             call = slice(first, first + self.k)
-            self.found = self.energy.attempt(self.run, track.state, track.drawn[call], track.etas[call])
+            self.found = self.energy.attempt(self.run, track.state, track.drawn[call], track.eta)
         if self.found is None:
             return first
         reached = min(last, first - i + self.k)
@@ -385,7 +385,6 @@ class _Track:
             self.m = max(self.several.k, self.m // self.several.k * self.several.k)
         self.state = torch.empty_like(x, memory_format=torch.contiguous_format)
         self.eta = x.new_tensor(sampler.step_size)
-        self.etas = self.eta.repeat(self.m)
         self.blocks: _Blocks | None = None
         if self.plain and isinstance(energy, Accelerated) and energy.holds(x):
             self.blocks = _Blocks(self.state, energy.engine, energy.rows, self.m)
@@ -430,8 +429,6 @@ class _Track:
                 torch.randn(out.shape, generator=self.generator, dtype=out.dtype, device=out.device, out=out)
             if self.blocks is None:
                 self.drawn[:count].mul_(_like_batch(self.sigma(slice(count)), self.drawn))
-            if self.several is not None:  # steps of a call that nobody asked for go nowhere
-                self.drawn[count:], self.etas[count:] = 0, 0
         self.done += count
         return count
 

@@ -173,6 +173,9 @@ def test_stored_results_are_complete(speed: ModuleType, path: Path) -> None:
             if name != "ebm_lit":
                 again = statistics.median(t / o for t, o in zip(values, ours, strict=True))
                 assert case["ratio"][name]["median"] == pytest.approx(again, rel=1e-3)
+    assert set(report["formulas"]) == set(speed.FORMULA_CASES)
+    for case in report["formulas"].values():
+        assert case["compiled"]["first_call_seconds"] > 0 and case["compiled"]["z"] <= speed.Z_LIMIT
     assert set(report["memory"]["ratio"]) == {"ebm_lit", "textbook", "torchebm", "ebmkit"}
 
 
