@@ -509,6 +509,8 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.repeats is not None and args.repeats < 2:
         parser.error("--repeats must be at least 2")
+    if args.smoke and not {*SMOKE_CHAINS, *SMOKE_TRAIN, "memory"} & {*args.only}:
+        parser.error(f"--smoke measures only {', '.join([*SMOKE_CHAINS, *SMOKE_TRAIN, 'memory'])}")
     if args.store and (args.smoke or args.only != known or (args.repeats or 10) < 10):
         parser.error("--store is for complete runs of at least ten repeats")
     return args
@@ -587,6 +589,12 @@ def main() -> int:
     report, wrong = measure(args, device)
     print()
     print(table(report["cases"]))
+    for case in [*report["cases"].values(), *report["formulas"].values()]:
+        if "ratio" in (found := case.get("compiled", {})):
+            r, first = found["ratio"], found["first_call_seconds"]
+            print(
+                f"{case['title']}, compiled / ours: {r['median']:.2f} [{r['q25']:.2f}, {r['q75']:.2f}], first {first:.0f} s"
+            )
     print(f"\nmatrix product: {report['matrix_product']['peak_flops'] / 1e9:.1f} GFLOP/s; share of it:")
     for case in report["cases"].values():
         if "share_of_peak" in case:

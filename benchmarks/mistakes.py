@@ -286,8 +286,8 @@ MISTAKES = (
     Mistake(
         "a compiled energy is not asked for its errors",
         "fast",
-        "            energy_and_grad(self.network, x)  # raises what a compiler would not see\n",
-        "",
+        "            energy_and_grad(self.network, x)\n            self.sound.add(kind)\n",
+        "            self.sound.add(kind)\n",
         (FAST,),
     ),
     Mistake(
@@ -300,8 +300,29 @@ MISTAKES = (
     Mistake(
         "a recorded chain serves every sampler",
         "langevin",
-        "(track.sampler, track.n_steps) != (sampler, n_steps)",
-        "track.n_steps != n_steps",
+        "last.n_steps == n_steps and _alike(last.sampler, sampler)",
+        "last.n_steps == n_steps",
+        (FAST,),
+    ),
+    Mistake(
+        "samplers of a subclass that compare as equal share compiled steps",
+        "langevin",
+        "return a is b or (type(a) is type(b) is Langevin and a == b)",
+        "return a == b",
+        (FAST,),
+    ),
+    Mistake(
+        "the noise on a GPU depends on the length of its graphs",
+        "langevin",
+        "each = max(1, min(5, 2**25 // x.numel()))",
+        "each = max(1, min(n_steps, 250 if whole else 20, 2**25 // x.numel()))",
+        (FAST,),
+    ),
+    Mistake(
+        "a compiled energy that failed for one sampler is compiled for none",
+        "langevin",
+        "if last is None or last.k != k or last.run.is_crowded or not _alike(last.sampler, sampler):",
+        "if last is None or last.k != k or not _alike(last.sampler, sampler) and not last.run.failure:",
         (FAST,),
     ),
     Mistake(

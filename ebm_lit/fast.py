@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Mode', 'tally', 'as_matrices', 'tap_places', 'Matrices', 'Pixels', 'Learner', 'Convolutions', 'Engine',
-           'choose_engine', 'Accelerated', 'Compiled', 'accelerate', 'choose_learner']
+           'choose_engine', 'Accelerated', 'first_line', 'Attempt', 'Compiled', 'accelerate', 'choose_learner']
 
 # %% ../nbs/toolkit/fast.ipynb #6d281797
 import copy
@@ -552,11 +552,41 @@ class Accelerated:
         return energies, grad
 
 # %% ../nbs/toolkit/fast.ipynb #3c1d4576
+def first_line(error: BaseException) -> str:
+    """What an exception says, in 80 characters at most."""
+    return (str(error).splitlines() or [""])[0][:80]
+
+
+class Attempt:
+    """A function through `torch.compile`; from the moment it fails every call returns None, and `failure` says why."""
+
+    def __init__(self, function: Any) -> None:
+        self.run, self.failure = torch.compile(function, dynamic=False, fullgraph=True), ""
+
+    @property
+    def is_crowded(self) -> bool:
+        """Did it fail only because PyTorch had compiled too many others?"""
+        return "RecompileLimit" in self.failure
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        """The function's result or None; the first call compiles."""
+        if not self.failure:
+            try:
+                return self.run(*arguments)
+            except Exception as error:  # whatever a compiler may say
+                self.failure = f"torch.compile failed ({type(error).__name__}: {first_line(error)})"
+                if self.is_crowded:
+                    remedy = "too many variants, torch.compiler.reset() forgets them"
+                    self.failure = f"torch.compile failed ({type(error).__name__}: {remedy})"
+        return None
+
+
 class Compiled:
     """Any energy and its gradient through `torch.compile`; falls back to autograd when that fails, and says so.
 
-    Different energies, shapes and samplers are compiled one by one; PyTorch gives up at the ninth, until somebody calls
-    `torch.compiler.reset()`. An energy with breaks in its graph (`print`, `.item()`) is not compiled at all.
+    The energy must be a function of x alone: it is called once before it is compiled, and may be called in vain. Each
+    energy, shape and sampler is a variant of its own; PyTorch gives up at the ninth, until somebody calls
+    `torch.compiler.reset()`. An energy that breaks its graph (`print`, `.item()`) is not compiled at all.
     """
 
     def __init__(self, network: Energy) -> None:
@@ -568,33 +598,28 @@ class Compiled:
             grad, (_, e) = grad_and_value(summed, has_aux=True)(x)
             return e, grad
 
-        self.network, self.report, self.sound = network, "compiled", False
-        self.steps: Any = None  # the last chain's function of several steps: whoever keeps the energy keeps it, too
+        self.network = network
         self.gradient = getattr(network, "energy_and_grad", gradient)  # E (B,) and ∇ₓE (B, *shape), to be compiled
-        self.run = torch.compile(self.gradient, dynamic=False, fullgraph=True)
+        self.run = Attempt(self.gradient)
+        self.steps: Any = None  # the last chain's function of several steps: whoever keeps the energy keeps it, too
+        self.sound: set[Any] = set()  # what x may be
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.network(x)
 
-    def attempt(
+    @property
+    def report(self) -> str:
+        """What computes the gradient."""
+        return f"autograd: {self.run.failure}" if self.run.failure else "compiled"
+
+    def examine(
         self,
-        function: Any,  # compiled
-        x: Tensor,  # (B, *shape), its first argument
-        *more: Tensor,
-    ) -> Any:  # what the function returns; None once the compiler has failed
-        """The function's result, or None: then autograd has to do it. The first call compiles."""
-        if not self.sound:
-            energy_and_grad(self.network, x)  # raises what a compiler would not see
-            self.sound = True
-        if self.report == "compiled":
-            try:
-                return function(x, *more)
-            except Exception as error:  # whatever a compiler may say
-                kind, said = type(error).__name__, str(error).splitlines()[0][:80]
-                if "RecompileLimit" in kind:
-                    said = "too many different ones; torch.compiler.reset() forgets them all"
-                self.report = f"autograd: torch.compile failed ({kind}: {said})"
-        return None
+        x: Tensor,  # (B, *shape)
+    ) -> None:
+        """Ask for one gradient by autograd if such an x is new: that raises what a compiler would not see."""
+        if (kind := (x.shape, x.dtype, x.device)) not in self.sound:
+            energy_and_grad(self.network, x)
+            self.sound.add(kind)
 
     @torch.no_grad()
     def energy_and_grad(
@@ -602,7 +627,8 @@ class Compiled:
         x: Tensor,  # (B, *shape)
     ) -> tuple[Tensor, Tensor]:  # E (B,) and ∇ₓE (B, *shape), both detached
         """Energies and gradients; the first call compiles."""
-        found = self.attempt(self.run, x)
+        self.examine(x)
+        found = self.run(x)
         return energy_and_grad(self.network, x) if found is None else found
 
 # %% ../nbs/toolkit/fast.ipynb #ccfd7815

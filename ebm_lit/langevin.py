@@ -11,13 +11,14 @@ __all__ = ['langevin_step', 'uniform_init', 'noise_scale_for', 'implied_temperat
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .energy import Energy, energy_and_grad, frozen
-from .fast import Accelerated, Compiled, Engine, Mode, accelerate, tally
+from .fast import Accelerated, Attempt, Compiled, Engine, Mode, accelerate, first_line, tally
 
 # %% ../nbs/02_langevin.ipynb #b1be5d2b
 def langevin_step(
@@ -261,12 +262,16 @@ def _same_device(a: torch.device, b: torch.device) -> bool:
     return a.type == b.type and (a.index is None or b.index is None or a.index == b.index)
 
 # %% ../nbs/02_langevin.ipynb #35b83f8f
+def _alike(a: "Langevin", b: "Langevin") -> bool:
+    """Do both make the same steps? Of a subclass only the very same object is known to."""
+    return a is b or (type(a) is type(b) is Langevin and a == b)
+
+
 class _Several:
     """k steps of a chain as one function through `torch.compile`."""
 
     def __init__(self, sampler: "Langevin", energy: Compiled, k: int) -> None:
-        self.energy, self.sampler, self.k = energy, sampler, k
-        gradient, bounds = energy.gradient, sampler.bounds
+        self.sampler, self.k, gradient, bounds = sampler, k, energy.gradient, sampler.bounds
 
         def several(x: Tensor, omegas: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             steps = []
@@ -278,32 +283,31 @@ class _Several:
             xs, es, grads, sums = (torch.stack(parts) for parts in zip(*steps, strict=True))
             return xs, es, grads, sums
 
-        self.run = torch.compile(several, dynamic=False, fullgraph=True)
-        self.found: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.run = Attempt(several)
 
     @staticmethod
     def of(sampler: "Langevin", energy: Compiled, n_steps: int) -> "_Several":
         """Those of the last chain, if they are the same."""
-        k = min(n_steps, 4)  # eight compile longer and are no faster
-        if energy.steps is None or (energy.steps.sampler, energy.steps.k) != (sampler, k):
+        k, last = min(n_steps, 4), energy.steps  # eight compile longer and are no faster
+        if last is None or last.k != k or last.run.is_crowded or not _alike(last.sampler, sampler):
             energy.steps = _Several(sampler, energy, k)
         return energy.steps
 
     @property
     def report(self) -> str:
-        compiled = self.energy.report == "compiled" and self.k > 1
-        return f"compiled, {self.k} steps at once" if compiled else self.energy.report
+        if self.run.failure:
+            return f"autograd: {self.run.failure}"
+        return f"compiled, {self.k} steps at once" if self.k > 1 else "compiled"
 
     def advance(self, track: "_Track", first: int, last: int) -> int:
         """Walk from step `first` of those drawn to the end of its call, or to `last`; returns how far that was."""
         i = first % self.k
         if i == 0:
-            call = slice(first, first + self.k)
-            self.found = self.energy.attempt(self.run, track.state, track.drawn[call], track.eta)
-        if self.found is None:
+            track.found = self.run(track.state, track.drawn[first : first + self.k], track.eta)
+        if track.found is None:
             return first
         reached = min(last, first - i + self.k)
-        xs, es, grads, sums = self.found
+        xs, es, grads, sums = track.found
         now = reached - first + i
         track.state.copy_(xs[now - 1])
         track.sums[0, first:reached] = sums[i:now]
@@ -375,20 +379,23 @@ class _Track:
         n_steps: int,
         watched: bool = False,  # keep each step's energies and gradients in `seen`
         kept: bool = False,  # for further chains, with its graph
+        whole: bool = False,  # the whole chain as one graph, if it is not too long
     ) -> None:
-        self.sampler, self.n_steps, self.kept = sampler, n_steps, kept
+        self.sampler, self.n_steps, self.kept, self.whole = sampler, n_steps, kept, whole
         self.plain = type(sampler).step is Langevin.step  # a subclass may move in a way of its own
-        self.per_draw = self.m = _steps_at_once(x, n_steps, kept) if self.plain else 1
+        self.per_draw, self.m = _steps_at_once(x, n_steps, whole) if self.plain else (1, 1)
         self.several: _Several | None = None
+        self.found: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # what its last call returned
         if self.plain and isinstance(energy, Compiled) and n_steps > 0:
-            self.several = _Several.of(sampler, energy, n_steps)
-            self.m = max(self.several.k, self.m // self.several.k * self.several.k)
+            energy.examine(x)
+            self.several, self.found = _Several.of(sampler, energy, n_steps), None
+            whole_calls = math.lcm(self.several.k, self.per_draw) if _takes_graphs(x) else self.several.k
+            self.m = math.ceil(self.m / whole_calls) * whole_calls
         self.state = torch.empty_like(x, memory_format=torch.contiguous_format)
         self.eta = x.new_tensor(sampler.step_size)
         self.blocks: _Blocks | None = None
         if self.plain and isinstance(energy, Accelerated) and energy.holds(x):
             self.blocks = _Blocks(self.state, energy.engine, energy.rows, self.m)
-        self.energy = energy if self.blocks is None else None  # an energy that keeps this track is not kept by it
         self.spare = torch.empty_like(self.state if self.blocks is None else self.state[:0])
         self.seen = (x.new_empty(len(x)), torch.empty_like(self.state)) if watched else None
         n_blocks = 1 if self.blocks is None else len(self.blocks.blocks)
@@ -436,8 +443,8 @@ class _Track:
         """σ of steps of those drawn: one number, or (B,), or (count, B)."""
         return self.sampler.sigma if self.sigmas is None else self.sigmas[steps]
 
-    def walk(self, first: int, last: int) -> None:
-        """The steps first, …, last − 1 of those that are drawn."""
+    def walk(self, energy: Energy, first: int, last: int) -> None:
+        """The steps first, …, last − 1 of those that are drawn; an energy that keeps this track is not kept by it."""
         if self.blocks is not None:
             self.blocks.walk(self, first, last)
             return
@@ -447,8 +454,7 @@ class _Track:
                 break
             first = reached
         for i in range(first, last):
-            assert self.energy is not None, "the block's engine has walked"
-            e, grad = energy_and_grad(self.energy, self.state)
+            e, grad = energy_and_grad(energy, self.state)
             tally(self.places[0][i], e, grad)
             if self.seen is not None:
                 self.seen = e, grad
@@ -476,11 +482,18 @@ def _move(s: "Langevin", x: Tensor, grad: Tensor, eta: Tensor, omega: Tensor, sp
         x.clamp_(*s.bounds)
 
 
-def _steps_at_once(x: Tensor, n_steps: int, kept: bool) -> int:
-    """How many steps' noise is drawn in one call; on a CPU no choice changes the numbers."""
-    if _takes_graphs(x):  # recording costs as much as walking, which pays for a whole chain only if there are more
-        return max(1, min(n_steps, 250 if kept else 20, 2**27 // x.numel()))
-    return 1 if x.numel() % 16 else max(1, min(n_steps, 2**18 // x.numel()))  # PyTorch draws in groups of 16
+def _steps_at_once(x: Tensor, n_steps: int, whole: bool) -> tuple[int, int]:
+    """Of how many steps the noise is drawn in one call, and how many are made before the next are drawn.
+
+    On a CPU neither changes the numbers. On a GPU the first does: it depends on nothing but the size of x.
+    """
+    if not _takes_graphs(x):
+        m = 1 if x.numel() % 16 else max(1, min(n_steps, 2**18 // x.numel()))  # PyTorch draws in groups of 16
+        return m, m
+    each = max(1, min(5, 2**25 // x.numel()))
+    cap = max(each, min(250 if whole else 20, 2**25 // x.numel() // each * each))
+    graphs = math.ceil(n_steps / cap)  # as many as it takes, each of the same length: what is left over is no graph
+    return each, max(1, n_steps) if graphs <= 1 else max(each, n_steps // graphs // each * each)
 
 # %% ../nbs/02_langevin.ipynb #85e05d30
 def _capture(walk: Callable[[int, int], None], m: int, device: torch.device) -> Callable[[], None]:
@@ -491,34 +504,40 @@ def _capture(walk: Callable[[int, int], None], m: int, device: torch.device) -> 
         walk(0, min(2, m))  # libraries choose their kernels before the recording
     here.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
+    with torch.cuda.stream(here), torch.cuda.graph(graph, stream=side):  # back to `here` even if the recording fails
         walk(0, m)
     return graph.replay
 
 
-def _record(track: _Track, start: Tensor) -> None:
+def _record(track: _Track, energy: Energy, start: Tensor) -> None:
     """Record the m steps as one CUDA graph in `track.replay`; `track.report` says what became of it."""
     assert track.blocks is None or len(track.blocks.blocks) == 1, "a graph of several blocks would mix them up"
     m = track.m
     try:
         track.begin(start)
-        track.replay = _capture(track.walk, m, start.device)
+        track.replay = _capture(partial(track.walk, energy), m, start.device)
         track.report = f" in one CUDA graph of {m} steps" if m == track.n_steps else f" in CUDA graphs of {m} steps"
     except RuntimeError as error:
-        track.report = f", step by step: no CUDA graph ({str(error).splitlines()[0]})"
+        track.report = f", step by step: no CUDA graph ({first_line(error)})"
 
 
 def _track_for(sampler: "Langevin", fast: Energy, start: Tensor, n_steps: int, watched: bool, kept: bool) -> _Track:
-    """Memory for a chain, with its CUDA graph where there is one; that of the last chain if the energy kept it."""
+    """Memory for a chain, with its CUDA graph where there is one; that of the last chain if the energy kept it.
+
+    Recording takes as long as walking: the whole chain is recorded when it comes for the second time.
+    """
     plain = type(sampler).step is Langevin.step
     if not (_takes_graphs(start) and isinstance(fast, Accelerated) and plain and not watched and n_steps > 0):
         return _Track(sampler, fast, start, n_steps, watched)
-    track = fast.track if kept else None
-    if track is None or (track.sampler, track.n_steps) != (sampler, n_steps):
-        track = _Track(sampler, fast, start, n_steps, kept=kept)
-        _record(track, start)
-        if kept:
-            fast.track = track
+    last: _Track | None = fast.track if kept else None
+    again = last is not None and last.n_steps == n_steps and _alike(last.sampler, sampler)
+    if last is not None and again and last.whole:
+        return last
+    del last
+    fast.track = None  # its memory goes before the new one comes
+    track = _Track(sampler, fast, start, n_steps, kept=kept, whole=again)
+    _record(track, fast, start)
+    fast.track = track if kept else None
     return track
 
 # %% ../nbs/02_langevin.ipynb #cdc6ff5c
@@ -614,8 +633,9 @@ class Langevin:
         diagnostics: bool = False,  # keep `Diagnostics`
         ages: int | Tensor = 0,  # steps that the chains made before, together or each (B,): only annealing asks
     ) -> Chain:
-        """B parallel chains; leaves no trace on the energy and does not wait for the device inside the loop.
+        """B parallel chains; leaves no trace on a network and does not wait for the device inside the loop.
 
+        An energy that `accelerate` gave keeps what the next such chain can use again.
         Raises `ValueError` for an unusable `x_init`, generator or ages, `EnergyShapeError` for an energy that does not
         return (B,), and `NonFiniteError` with the first step at which the energy or its gradient was NaN or infinite.
         """
@@ -636,10 +656,10 @@ class Langevin:
                 if track.replay is not None and count == track.m:
                     track.replay()
                 elif track.seen is None:
-                    track.walk(0, count)
+                    track.walk(fast, 0, count)
                 else:
                     for i in range(count):
-                        track.walk(i, i + 1)
+                        track.walk(fast, i, i + 1)
                         x = track.current()
                         film.keep(first + i + 1, x)
                         if records is not None:

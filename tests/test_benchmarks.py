@@ -157,6 +157,14 @@ def test_work_is_counted_on_the_plain_network(speed: ModuleType) -> None:
     assert speed.flops_per_step(case.network(CPU), case.starts(0, CPU)) == 2 * 2 * 256 * terms
 
 
+def test_formulas_are_sampled_and_compared(speed: ModuleType) -> None:
+    """The energies that stand in the table of the compiler, at a small size, ours against the textbook's."""
+    torch.manual_seed(0)
+    for case in speed.FORMULA_CASES.values():
+        result, wrong = speed.run_chains(replace(case, batch=256, n_steps=8, repeats=2), ["ebm_lit", "textbook"], CPU)
+        assert wrong == [] and result["agreement"]["engine"].startswith("autograd")
+
+
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_stored_results_are_complete(speed: ModuleType, path: Path) -> None:
     report = json.loads(path.read_text(encoding="utf-8"))

@@ -4,8 +4,10 @@ import functools
 import gc
 import math
 import re
+import shutil
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -551,7 +553,7 @@ def test_whoever_keeps_a_compiled_energy_keeps_its_steps():
     x = torch.linspace(-1, 1, 16)[:, None]
     walk_on, _ = accelerate(wells, x, "compile")
     assert isinstance(walk_on, Compiled)
-    sampler = Langevin(0.01, 6, accelerate="compile")
+    sampler, gone = Langevin(0.01, 6, accelerate="compile"), weakref.ref(walk_on)
     first = sampler.sample(walk_on, x, generator=generator())
     steps = walk_on.steps
     assert torch.equal(Langevin(0.01, 6, accelerate="compile").sample(walk_on, x, generator=generator()), first)
@@ -559,6 +561,48 @@ def test_whoever_keeps_a_compiled_energy_keeps_its_steps():
     hot = Langevin(0.02, 6, accelerate="compile")
     assert torch.equal(hot.sample(walk_on, x, generator=generator()), hot.sample(wells, x, generator=generator()))
     assert walk_on.steps is not steps
+    gc.disable()
+    try:
+        del walk_on
+        assert gone() is None  # no cycle: its memory comes back at once
+    finally:
+        gc.enable()
+
+
+class Scaled(Langevin):
+    """Two of them compare as equal, whatever their factor."""
+
+    def __init__(self, factor: float, **settings: Any) -> None:
+        super().__init__(**settings)
+        object.__setattr__(self, "factor", factor)
+
+    def clip(self, grad: Tensor) -> Tensor:
+        return grad * self.factor  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.usefixtures("traced")
+def test_compiled_steps_of_a_subclass_are_its_own():
+    x = torch.linspace(-1, 1, 16)[:, None]
+    walk_on, _ = accelerate(wells, x, "compile")
+    for factor in (1.0, 5.0, 1.0):
+        ours, plain = (Scaled(factor, step_size=0.01, n_steps=6, accelerate=mode) for mode in ("compile", "off"))
+        found = ours.run(walk_on, x, generator=generator())
+        assert found.engine == "compiled, 4 steps at once"
+        torch.testing.assert_close(found.x, plain.sample(wells, x, generator=generator()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("traced")
+def test_threads_may_share_a_compiled_energy():
+    x = torch.linspace(-2, 2, 32, dtype=torch.float64)[:, None]
+    walk_on, _ = accelerate(wells, x, "compile")
+    sampler, off = (Langevin(0.01, 41, accelerate=mode) for mode in ("compile", "off"))
+    sampler.sample(walk_on, x)  # compiles
+    with ThreadPoolExecutor(4) as pool:
+        chains = list(
+            pool.map(lambda seed: sampler.run(walk_on, x, generator=generator(seed), trajectory=3), range(16))
+        )
+    for seed, chain in enumerate(chains):
+        torch.testing.assert_close(chain.x, off.sample(wells, x, generator=generator(seed)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("traced")
@@ -586,6 +630,20 @@ def test_what_is_wrong_with_an_energy_is_said_before_it_is_compiled():
     with pytest.raises(ValueError, match=r"^the energy is cut off from x"):
         sampler.run(lambda x: x.detach().sum(1), x)
 
+    def picky(x: Tensor) -> Tensor:
+        if x.shape[1] == 4:
+            raise ValueError("not four")
+        return x.square().sum(1, keepdim=x.shape[1] == 3)
+
+    walk_on, _ = accelerate(picky, x, "compile")
+    good = sampler.run(walk_on, x, generator=generator())
+    with pytest.raises(EnergyShapeError, match=r"^energy returned \(16, 1\)"):
+        sampler.run(walk_on, torch.ones(16, 3))
+    with pytest.raises(ValueError, match="not four"):
+        sampler.run(walk_on, torch.ones(16, 4))
+    again = sampler.run(walk_on, x, generator=generator())
+    assert torch.equal(again.x, good.x) and again.engine == good.engine == "compiled, 4 steps at once"
+
 
 @pytest.mark.usefixtures("traced")
 def test_breaks_in_the_graph_and_too_many_variants_are_reported():
@@ -596,36 +654,49 @@ def test_breaks_in_the_graph_and_too_many_variants_are_reported():
     chain = Langevin(0.1, 5, accelerate="compile").run(curious, x, generator=generator())
     assert chain.engine.startswith("autograd: torch.compile failed (")
     assert torch.equal(chain.x, Langevin(0.1, 5).sample(curious, x, generator=generator()))
-    said = [Langevin(0.1, 5, grad_clip=1.0 + k, accelerate="compile").run(wells, x).engine for k in range(10)]
-    assert said[0] == "compiled, 4 steps at once"
-    if said[-1] != said[0]:  # PyTorch's limit is a setting
-        assert said[-1].endswith("too many different ones; torch.compiler.reset() forgets them all)")
-    torch.compiler.reset()
-    assert Langevin(0.1, 5, accelerate="compile").run(wells, x).engine == said[0]
+    walk_on, _ = accelerate(wells, x, "compile")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        samplers = [Langevin(0.1, 5, grad_clip=1.0 + k, accelerate="compile") for k in range(4)]
+        said = [sampler.run(walk_on, x).engine for sampler in samplers]
+        assert said[:2] == ["compiled, 4 steps at once"] * 2
+        assert all(word.endswith("too many variants, torch.compiler.reset() forgets them)") for word in said[2:])
+        torch.compiler.reset()
+        assert samplers[3].run(walk_on, x).engine == said[0]
 
 
-def test_a_compiler_that_fails_is_reported_and_done_without(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("no C++ compiler\n(long)"), "RuntimeError: no C++ compiler"),
+        (AssertionError(), "AssertionError: "),
+    ],
+    ids=["message", "none"],
+)
+def test_a_compiler_that_fails_is_reported_and_done_without(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+):
     def broken(*_: Any, **__: Any) -> Any:
         def call(*_: Tensor) -> Tensor:
-            raise RuntimeError("no C++ compiler")
+            raise error
 
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
     x = torch.ones(4, 1)
     ours = Langevin(0.01, 5, accelerate="compile").run(wells, x, generator=generator())
-    assert ours.engine == "autograd: torch.compile failed (RuntimeError: no C++ compiler)"
+    assert ours.engine == f"autograd: torch.compile failed ({said})"
     assert torch.equal(ours.x, Langevin(0.01, 5).sample(wells, x, generator=generator()))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="no C++ compiler")
 def test_the_real_compiler():
     x = torch.randn(256, 2, generator=generator())
     plain, ours = (
         Langevin(0.01, 50, accelerate=mode).run(EnergyMLP(generator=generator()), x, generator=generator(1))
         for mode in ("off", "compile")
     )
-    assert ours.engine == "compiled, 4 steps at once" or ours.engine.startswith("autograd: torch.compile failed")
+    assert ours.engine == "compiled, 4 steps at once"
     torch.testing.assert_close(ours.x, plain.x, rtol=0, atol=1e-5)
 
 
@@ -652,15 +723,34 @@ def test_mistakes_are_one_line():
 # Graphs that are kept, on a machine that has none: what a replay would do again is done again
 
 
+def addresses(walk: Any) -> list[int]:
+    """Of all memory that a recording of this walk would read or write."""
+    track = walk.func.__self__
+    tensors = [track.state, track.drawn, track.sums, track.eta, track.sigmas]
+    if track.blocks is not None:
+        engine = track.blocks.engine
+        tensors += [engine.x, track.blocks.noise, track.blocks.spare]
+        for part in (getattr(engine, "dense", None), *(getattr(engine, name, None) for name in ("stem", "head"))):
+            known = {} if part is None else vars(part)
+            tensors += [t for v in known.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
+    return [t.data_ptr() for t in tensors if t is not None]
+
+
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many steps each recording had; like a real one it moves no chain."""
+    """How many steps each recording had. Like a real one it moves no chain and knows addresses, not names."""
     lengths: list[int] = []
 
     def capture(walk: Callable[[int, int], None], m: int, device: torch.device) -> Callable[[], None]:
         walk(0, min(2, m))
         lengths.append(m)
-        return functools.partial(walk, 0, m)
+        places = addresses(walk)
+
+        def replay() -> None:
+            assert addresses(walk) == places
+            walk(0, m)
+
+        return replay
 
     monkeypatch.setattr(langevin, "_takes_graphs", lambda x: True)
     monkeypatch.setattr(langevin, "_capture", capture)
@@ -674,7 +764,7 @@ def walked(sampler: Langevin, energy: Any, x: Tensor, seed: int, ages: int = 0) 
 @pytest.mark.parametrize("hot", [{}, {"noise_start": 0.2, "anneal_steps": 50}], ids=["", "annealed"])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (1, 8, 8), (2,)], ids=str)
 def test_whoever_keeps_an_energy_keeps_the_whole_chain_as_one_graph(
-    shape: tuple[int, ...], hot: dict[str, Any], recorded: list[int], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], hot: dict[str, Any], recorded: list[int]
 ):
     net = network_of(shape)
     starts = [torch.rand(16, *shape, generator=generator(s), dtype=torch.float64) * 2 - 1 for s in (3, 4)]
@@ -683,49 +773,91 @@ def test_whoever_keeps_an_energy_keeps_the_whole_chain_as_one_graph(
     walk_on, _ = accelerate(net, starts[0])
     near = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-11)
     first = sampler.run(walk_on, starts[0], generator=generator(1))
-    assert first.engine.endswith(" in one CUDA graph of 30 steps") and recorded == [30]
+    assert first.engine.endswith(" in CUDA graphs of 15 steps") and recorded == [15]
     kept = first.x.clone()
     near(first.x, walked(off, net, starts[0], 1))
+    second = sampler.run(walk_on, starts[0], generator=generator(1))
+    assert second.engine.endswith(" in one CUDA graph of 30 steps") and recorded == [15, 30]
+    assert torch.equal(second.x, first.x)  # the same noise, however long the graph is
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(1.1)
     near(walked(sampler, walk_on, starts[1], 2, ages=20), walked(off, net, starts[1], 2, ages=20))
-    assert recorded == [30] and torch.equal(first.x, kept)  # recorded once, and the first chain's states are its own
+    assert recorded == [15, 30]
+    assert torch.equal(first.x, kept) and torch.equal(second.x, kept)  # their states are their own
     near(sampler.run(walk_on, starts[0], generator=generator(1), trajectory=3).x, walked(off, net, starts[0], 1))
     near(walked(sampler, walk_on, starts[1], 5), walked(off, net, starts[1], 5))
-    assert recorded == [30]
-    other = Langevin(**{**vars(sampler), "bounds": (-0.9, 0.9)})
-    near(
-        walked(other, walk_on, starts[0], 1),
-        walked(Langevin(**{**vars(off), "bounds": (-0.9, 0.9)}), net, starts[0], 1),
-    )
-    assert recorded == [30, 30]
-    assert sampler.run(walk_on, starts[0], 0).engine == walk_on.report and recorded == [30, 30]  # type: ignore[attr-defined]
+    assert recorded == [15, 30]
+    other, plain = (Langevin(**{**vars(s), "bounds": (-0.9, 0.9)}) for s in (sampler, off))
+    near(walked(other, walk_on, starts[0], 1), walked(plain, net, starts[0], 1))
+    assert recorded == [15, 30, 15]
+    assert sampler.run(walk_on, starts[0], 0).engine == walk_on.report  # type: ignore[attr-defined]
+    for factor in (1.0, 5.0, 5.0):
+        ours, theirs = (Scaled(factor, step_size=0.02, n_steps=10, accelerate=mode) for mode in ("auto", "off"))
+        near(walked(ours, walk_on, starts[0], 1), walked(theirs, net, starts[0], 1))
 
 
-def test_graphs_of_long_and_of_single_chains(recorded: list[int]):
+@pytest.mark.parametrize(
+    ("n_steps", "once", "later"),
+    [(7, 7, 7), (20, 20, 20), (47, 15, 47), (250, 15, 250), (499, 15, 245), (300, 20, 150)],
+)
+def test_few_steps_are_left_over_by_graphs(n_steps: int, once: int, later: int, recorded: list[int]):
     net, x = network_of((2,)), torch.ones(16, 2, dtype=torch.float64)
     walk_on, _ = accelerate(net, x)
-    sampler, off = (Langevin(0.01, 260, accelerate=mode) for mode in ("auto", "off"))
-    long = sampler.run(walk_on, x, generator=generator())
-    assert long.engine.endswith(" in CUDA graphs of 250 steps") and recorded == [250]
-    torch.testing.assert_close(long.x, walked(off, net, x, 0), rtol=0, atol=1e-10)
-    for _ in range(2):  # nobody keeps anything: recording 20 steps pays at once
-        single = sampler.run(net, x, generator=generator())
-        assert single.engine.endswith(" in CUDA graphs of 20 steps")
-        torch.testing.assert_close(single.x, long.x, rtol=0, atol=1e-10)
-    assert recorded == [250, 20, 20]
+    sampler = Langevin(0.01, n_steps)
+    plain = walked(Langevin(0.01, n_steps, accelerate="off"), net, x, 0)
+    for energy, m in ((walk_on, once), (walk_on, later), (walk_on, later), (net, once), (net, once)):
+        chain = sampler.run(energy, x, generator=generator())
+        assert chain.engine.endswith(
+            f" in one CUDA graph of {m} steps" if m == n_steps else f"CUDA graphs of {m} steps"
+        )
+        torch.testing.assert_close(chain.x, plain, rtol=0, atol=1e-10)
+        assert n_steps % m <= 0.25 * n_steps
+    assert recorded == [once, later, once, once]
 
 
-def test_a_kept_graph_survives_a_chain_that_ran_away_and_lets_go_of_its_memory(recorded: list[int]):
+def test_noise_on_a_gpu_does_not_depend_on_the_length_of_graphs(recorded: list[int], monkeypatch: pytest.MonkeyPatch):
+    """There one call for 60 steps gives other numbers than three calls for 20: all chains make the same calls."""
+    calls: list[int] = []
+    draw = torch.randn
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args[0][0])
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "randn", counted)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     net, x = network_of((2,)), torch.ones(16, 2, dtype=torch.float64)
     walk_on, _ = accelerate(net, x)
-    sampler = Langevin(0.01, 30)
-    good = walked(sampler, walk_on, x, 1)
+    for n_steps in (3, 47, 60, 260):
+        found = []
+        for energy, watched in ((net, False), (net, True), (walk_on, False), (walk_on, False), (walk_on, True)):
+            calls.clear()
+            Langevin(0.01, n_steps).run(energy, x, diagnostics=watched)
+            found.append(list(calls))
+        for mode in ("off", "compile"):
+            calls.clear()
+            Langevin(0.01, n_steps, accelerate=mode).run(net, x)  # type: ignore[arg-type]
+            found.append(list(calls))
+        assert all(one == found[0] for one in found) and sum(found[0]) == n_steps
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_kept_graph_survives_a_chain_that_ran_away_and_lets_go_of_its_memory(
+    dtype: torch.dtype | None, recorded: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    net, x = network_of((2,)), torch.ones(16, 2, dtype=torch.float64)
+    walk_on, _ = accelerate(net, x, dtype=dtype)
+    sampler = Langevin(0.01, 20)
+    good = [walked(sampler, walk_on, x, 1) for _ in range(2)]
     with pytest.raises(NonFiniteError, match="x_init"):
         sampler.run(walk_on, x * math.nan)
-    assert torch.equal(walked(sampler, walk_on, x, 1), good) and recorded == [30]
+    assert torch.equal(walked(sampler, walk_on, x, 1), good[1]) and torch.equal(*good) and recorded == [20, 20]
+    monkeypatch.setattr(langevin, "_capture", lambda *_: list)  # like a graph it knows memory, and no energy
+    walk_on, _ = accelerate(net, x, dtype=dtype)
     gone = weakref.ref(walk_on)
+    for _ in range(3):
+        sampler.sample(walk_on, x)
     gc.disable()
     try:
         del walk_on
@@ -734,20 +866,21 @@ def test_a_kept_graph_survives_a_chain_that_ran_away_and_lets_go_of_its_memory(r
         gc.enable()
 
 
-def test_a_recording_that_fails_is_reported_and_not_tried_again(recorded: list[int], monkeypatch: pytest.MonkeyPatch):
+def test_a_recording_that_fails_is_reported_and_done_without(recorded: list[int], monkeypatch: pytest.MonkeyPatch):
+    reasons = ["operation not permitted when stream is capturing\nmore", ""]
+
     def capture(walk: Callable[[int, int], None], m: int, device: torch.device) -> Callable[[], None]:
         walk(0, 1)
-        recorded.append(m)
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        raise NotImplementedError(*reasons[:1] if reasons[0] else ())
 
     monkeypatch.setattr(langevin, "_capture", capture)
     net, x = network_of((2,)), torch.ones(16, 2, dtype=torch.float64)
     walk_on, _ = accelerate(net, x)
-    for _ in range(2):
+    plain = walked(Langevin(0.01, 30, accelerate="off"), net, x, 0)
+    while reasons:
         chain = Langevin(0.01, 30).run(walk_on, x, generator=generator())
-        reason = "no CUDA graph (operation not permitted when stream is capturing)"
-        assert chain.engine == f"matrices, step by step: {reason}" and recorded == [30]
-        torch.testing.assert_close(chain.x, walked(Langevin(0.01, 30, accelerate="off"), net, x, 0), rtol=0, atol=1e-11)
+        assert chain.engine == f"matrices, step by step: no CUDA graph ({reasons.pop(0).partition(chr(10))[0]})"
+        torch.testing.assert_close(chain.x, plain, rtol=0, atol=1e-11)
 
 
 # Where there is a GPU
@@ -763,23 +896,18 @@ def test_chains_in_cuda_graphs(shape: tuple[int, ...], anneal_steps: int, make_g
     sampler = Langevin(0.02, 47, noise_scale=0.05, bounds=(-1, 1), **hot)
     off = Langevin(**{**vars(sampler), "accelerate": "off"})
     ours, plain = (s.run(net, x, generator=make_generator(1, "cuda")) for s in (sampler, off))
-    assert "CUDA graphs of 20 steps" in ours.engine
+    assert "CUDA graphs of 15 steps" in ours.engine
     torch.testing.assert_close(ours.x, plain.x, rtol=0, atol=1e-4)
     again = sampler.run(net, x, generator=make_generator(1, "cuda"))
     assert torch.equal(ours.x, again.x)
     walk_on, _ = accelerate(net, x)
-    for _ in range(2):  # kept: recorded once, as a whole; all noise is drawn in one call, so the numbers are others
-        whole = sampler.run(walk_on, x, generator=make_generator(1, "cuda"))
-        assert "one CUDA graph of 47 steps" in whole.engine
-        noise = torch.randn(47, *x.shape, generator=make_generator(1, "cuda"), device="cuda")
-        state = x
-        for k, omega in enumerate(noise):
-            sigma = sampler.sigma_at(torch.tensor(k)).item()
-            state = langevin.langevin_step(state, energy_and_grad(net, state)[1], 0.02, sigma, omega).clamp(-1, 1)
-        torch.testing.assert_close(whole.x, state, rtol=0, atol=1e-4)
+    for steps in ("CUDA graphs of 15 steps", "one CUDA graph of 47 steps", "one CUDA graph of 47 steps"):
+        kept = sampler.run(walk_on, x, generator=make_generator(1, "cuda"))
+        assert steps in kept.engine
+        torch.testing.assert_close(kept.x, ours.x, rtol=0, atol=1e-5)  # the same noise; perhaps other kernels
     watched = sampler.run(net, x, generator=make_generator(1, "cuda"), trajectory=5, diagnostics=True)
     torch.testing.assert_close(ours.x, watched.x, rtol=0, atol=1e-5)  # the same noise; perhaps other kernels
     half = Langevin(**{**vars(sampler), "gradient_dtype": torch.bfloat16}).run(
         net, x, generator=make_generator(1, "cuda")
     )
-    assert "CUDA graphs of 20 steps" in half.engine
+    assert "CUDA graphs of 15 steps" in half.engine
