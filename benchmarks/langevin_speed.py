@@ -592,9 +592,8 @@ def main() -> int:
     for case in [*report["cases"].values(), *report["formulas"].values()]:
         if "ratio" in (found := case.get("compiled", {})):
             r, first = found["ratio"], found["first_call_seconds"]
-            print(
-                f"{case['title']}, compiled / ours: {r['median']:.2f} [{r['q25']:.2f}, {r['q75']:.2f}], first {first:.0f} s"
-            )
+            spread_of = f"{r['median']:.2f} [{r['q25']:.2f}, {r['q75']:.2f}]"
+            print(f"{case['title']}, compiled / ours: {spread_of}, first call {first:.0f} s")
     print(f"\nmatrix product: {report['matrix_product']['peak_flops'] / 1e9:.1f} GFLOP/s; share of it:")
     for case in report["cases"].values():
         if "share_of_peak" in case:

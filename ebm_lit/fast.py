@@ -525,6 +525,9 @@ class Accelerated:
     def __call__(self, x: Tensor) -> Tensor:
         return self.network(x)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "track": None}  # of a copy: a recorded graph cannot be copied
+
     def holds(self, x: Tensor) -> bool:
         """Can such chains live in the engine, a block of them at a time and in its own type?"""
         return (x.shape, x.dtype) == (self.like[0], self.engine.x.dtype)
@@ -603,6 +606,9 @@ class Compiled:
         self.run = Attempt(self.gradient)
         self.steps: Any = None  # the last chain's function of several steps: whoever keeps the energy keeps it, too
         self.sound: set[Any] = set()  # what x may be
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
+        return Compiled(copy.deepcopy(self.network, memo))  # what is compiled knows the old network
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.network(x)

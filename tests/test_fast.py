@@ -1,5 +1,6 @@
 """Accelerated gradients: the energies, gradients and chains of autograd, and autograd for all that is not known."""
 
+import copy
 import functools
 import gc
 import math
@@ -606,6 +607,22 @@ def test_threads_may_share_a_compiled_energy():
 
 
 @pytest.mark.usefixtures("traced")
+def test_a_copy_of_a_compiled_energy_has_a_network_of_its_own():
+    x = torch.linspace(-1, 1, 16, dtype=torch.float64)[:, None]
+    walk_on, _ = accelerate(network_of((1,)), x, "compile")
+    assert isinstance(walk_on, Compiled)
+    sampler, off = (Langevin(0.05, 6, accelerate=mode) for mode in ("compile", "off"))
+    before = sampler.sample(walk_on, x, generator=generator())
+    twin = copy.deepcopy(walk_on)
+    with torch.no_grad():
+        for p in twin.network.parameters():  # type: ignore[attr-defined]
+            p.mul_(2)
+    found = sampler.sample(twin, x, generator=generator())
+    torch.testing.assert_close(found, off.sample(twin.network, x, generator=generator()), rtol=0, atol=1e-12)
+    assert torch.equal(sampler.sample(walk_on, x, generator=generator()), before) and not torch.equal(found, before)
+
+
+@pytest.mark.usefixtures("traced")
 def test_a_compiled_energy_keeps_its_own_gradient():
     class Bent:
         """A gradient that autograd would not find."""
@@ -864,6 +881,20 @@ def test_a_kept_graph_survives_a_chain_that_ran_away_and_lets_go_of_its_memory(
         assert gone() is None  # no cycle: what a GPU lends comes back at once
     finally:
         gc.enable()
+
+
+def test_a_copy_of_a_kept_energy_has_a_graph_of_its_own(recorded: list[int]):
+    net, x = network_of((2,)), torch.ones(16, 2, dtype=torch.float64)
+    walk_on, _ = accelerate(net, x)
+    sampler = Langevin(0.01, 20)
+    before = [walked(sampler, walk_on, x, 1) for _ in range(2)]
+    twin = copy.deepcopy(walk_on)
+    with torch.no_grad():
+        for p in twin.network.parameters():  # type: ignore[attr-defined]
+            p.mul_(2)
+    plain = walked(Langevin(0.01, 20, accelerate="off"), twin.network, x, 1)  # type: ignore[attr-defined]
+    torch.testing.assert_close(walked(sampler, twin, x, 1), plain, rtol=0, atol=1e-11)
+    assert recorded == [20, 20, 20] and torch.equal(walked(sampler, walk_on, x, 1), before[1])
 
 
 def test_a_recording_that_fails_is_reported_and_done_without(recorded: list[int], monkeypatch: pytest.MonkeyPatch):
