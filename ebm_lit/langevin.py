@@ -290,8 +290,8 @@ class _Several:
         """Those of the last chain, if they are the same."""
         k, last = min(n_steps, 4), energy.steps  # eight compile longer and are no faster
         if last is None or last.k != k or last.run.is_crowded or not _alike(last.sampler, sampler):
-            energy.steps = _Several(sampler, energy, k)
-        return energy.steps
+            last = energy.steps = _Several(sampler, energy, k)
+        return last  # and not what another thread may have put there
 
     @property
     def report(self) -> str:

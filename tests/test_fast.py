@@ -596,14 +596,18 @@ def test_compiled_steps_of_a_subclass_are_its_own():
 def test_threads_may_share_a_compiled_energy():
     x = torch.linspace(-2, 2, 32, dtype=torch.float64)[:, None]
     walk_on, _ = accelerate(wells, x, "compile")
-    sampler, off = (Langevin(0.01, 41, accelerate=mode) for mode in ("compile", "off"))
-    sampler.sample(walk_on, x)  # compiles
+    samplers = [Langevin(eta, 41, accelerate="compile") for eta in (0.01, 0.02)]
+    for sampler in samplers:
+        sampler.sample(walk_on, x)  # compiles
+
+    def walk(seed: int) -> Tensor:
+        return samplers[seed % 2].run(walk_on, x, generator=generator(seed), trajectory=3).x
+
     with ThreadPoolExecutor(4) as pool:
-        chains = list(
-            pool.map(lambda seed: sampler.run(walk_on, x, generator=generator(seed), trajectory=3), range(16))
-        )
-    for seed, chain in enumerate(chains):
-        torch.testing.assert_close(chain.x, off.sample(wells, x, generator=generator(seed)), rtol=0, atol=1e-12)
+        chains = list(pool.map(walk, range(24)))
+    for seed, found in enumerate(chains):
+        off = Langevin(samplers[seed % 2].step_size, 41, accelerate="off")
+        torch.testing.assert_close(found, off.sample(wells, x, generator=generator(seed)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("traced")
